@@ -1,0 +1,1 @@
+"""The inert artifacts that flow between the stages: `Graph`, `Engine`, `Prediction`, `Report`."""

@@ -1,0 +1,139 @@
+"""Arrays that users hand in: from files and from other libraries, checked against what is declared."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hydra_edge.artifacts.files import read_bytes
+from hydra_edge.artifacts.graph import TensorSpec
+from hydra_edge.errors import ArtifactError, InputError
+
+Array = npt.NDArray[np.generic]
+
+
+def load_arrays(path: str | Path) -> dict[str, Array]:
+    """Read ``.npz`` (arrays by name) or ``.npy`` (one array, under the name ``""``); never a pickle.
+
+    Raises:
+        ArtifactError: It is missing, another format, or holds pickled objects.
+    """
+    read_bytes(path, "an .npy or .npz file")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as exc:
+        raise ArtifactError(
+            f"'{path}' is not a usable .npy or .npz file.",
+            f"Reading it failed: {str(exc).rstrip('.')}.",
+            "Save arrays with numpy.save or numpy.savez; pickled objects are never loaded.",
+        ) from exc
+
+
+def inputs_among(arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """The arrays of a file that are inputs; a file with one array, whatever its name, is the input.
+
+    Other arrays (labels, other splits) are left out, and what is missing is reported by
+    `check_arrays`.
+    """
+    if len(specs) == 1 and len(arrays) == 1:
+        return {specs[0].name: next(iter(arrays.values()))}
+    names = {spec.name for spec in specs}
+    return {name: array for name, array in arrays.items() if name in names}
+
+
+def to_numpy(value: object, name: str) -> Array:
+    """Take an array of any library that numpy understands: numpy, DLPack, or array-likes.
+
+    Raises:
+        InputError: It lies on another device, needs a gradient, or is no array of numbers.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        if hasattr(value, "__dlpack__"):
+            try:
+                array: Array = np.from_dlpack(value)  # type: ignore[arg-type]
+            except (AttributeError, TypeError):
+                array = np.asarray(value)
+        else:
+            array = np.asarray(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as exc:
+        raise InputError(
+            f"The value for '{name}' cannot be read as an array on the CPU.",
+            f"{type(value).__name__} says: {str(exc).strip().rstrip('.')}.",
+            "Detach it and copy it to the CPU first, e.g. tensor.detach().cpu().",
+        ) from exc
+    if array.dtype == object or array.dtype.kind in "SUV":
+        raise InputError(
+            f"The value for '{name}' is {type(value).__name__}, not an array of numbers.",
+            "It has no numeric dtype.",
+            "Pass a numpy array, a torch tensor or any DLPack array.",
+        )
+    return array
+
+
+def check_arrays(
+    values: Mapping[str, Array], specs: tuple[TensorSpec, ...]
+) -> dict[str, Array]:
+    """Check that ``values`` are exactly the declared inputs.
+
+    Returns:
+        C-contiguous arrays by input name, in declared order.
+
+    Raises:
+        InputError: A name is missing or unknown, or a shape, dtype or batch does not fit.
+    """
+    expected = "; ".join(map(str, specs))
+    unknown = sorted(set(values) - {spec.name for spec in specs})
+    if unknown:
+        raise InputError(
+            f"There is no input '{unknown[0]}'.", f"The inputs are {expected}.", "Use those names."
+        )
+    checked: dict[str, Array] = {}
+    batches = {}
+    for spec in specs:
+        if spec.name not in values:
+            raise InputError(
+                f"The input '{spec.name}' is missing.",
+                f"The inputs are {expected}.",
+                "Pass all of them.",
+            )
+        array = values[spec.name]
+        if str(array.dtype) != spec.dtype:
+            raise InputError(
+                f"The input '{spec.name}' has dtype {array.dtype}.",
+                f"The engine takes {spec.dtype}; converting silently could hide a wrong scale.",
+                f"Convert it: x.astype('{spec.dtype}').",
+            )
+        fits = array.ndim == len(spec.shape) and all(
+            isinstance(size, str) or size == found
+            for size, found in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"The input '{spec.name}' has shape {list(array.shape)}.",
+                f"Declared is {spec}.",
+                "Give it that rank and those sizes; named axes may have any size.",
+            )
+        checked[spec.name] = np.ascontiguousarray(array) if array.ndim else array
+        if spec.shape and isinstance(spec.shape[0], str):
+            batches[spec.name] = len(array)
+    if len(set(batches.values())) > 1:
+        raise InputError(
+            f"The inputs have different batch sizes: {batches}.",
+            "Axis 0 of every input is the batch.",
+            "Give all inputs the same number of samples.",
+        )
+    if 0 in batches.values():
+        raise InputError(
+            "The batch is empty.", "There is nothing to run.", "Pass at least one sample."
+        )
+    return checked

@@ -1,0 +1,87 @@
+"""Reading and writing whole files so that a failure never costs the user the old one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from hydra_edge.errors import ArtifactError
+
+
+def write_atomic(path: str | Path, data: bytes) -> Path:
+    """Write ``data`` to ``path`` in one step: readers see the old file or the new one, never a part.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ArtifactError: The folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ArtifactError(
+            f"'{path}' is a folder.", "A file was to be written there.", "Give a file name."
+        )
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as exc:
+        raise ArtifactError(
+            f"Cannot write '{path}': {exc.strerror or exc}.",
+            f"The folder '{path.parent}' is missing or not writable.",
+            "Create it or choose another output path.",
+        ) from exc
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp gives 0600, which another user could not read
+        os.replace(name, path)
+    except OSError as exc:
+        raise ArtifactError(
+            f"Writing '{path}' failed: {exc.strerror or exc}.",
+            "The disk may be full or the folder read-only; an older file there is untouched.",
+            "Free some space or choose another output path.",
+        ) from exc
+    finally:
+        if os.path.exists(name):
+            os.unlink(name)
+    return path
+
+
+def read_bytes(path: str | Path, kind: str) -> bytes:
+    """Read a whole file that the user named.
+
+    Args:
+        path: The file.
+        kind: What it should be, for the message, e.g. ``"an ONNX model"``.
+
+    Raises:
+        ArtifactError: It is missing, a folder or unreadable.
+    """
+    path = Path(path)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as exc:
+        raise ArtifactError(
+            f"'{path}' does not exist.", f"Expected {kind}.", "Check the path."
+        ) from exc
+    except IsADirectoryError as exc:
+        raise ArtifactError(
+            f"'{path}' is a folder.", f"Expected {kind}.", "Name the file inside it."
+        ) from exc
+    except OSError as exc:
+        raise ArtifactError(
+            f"'{path}' cannot be read: {exc.strerror or exc}.",
+            f"Expected {kind}.",
+            "Check the permissions.",
+        ) from exc
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest of ``data``."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,73 @@
+"""What turns a graph into a program and runs it. One file per backend, found by file name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from hydra_edge.errors import DeviceMismatchError
+
+Array = npt.NDArray[np.generic]
+
+
+class Runner(Protocol):
+    """A loaded program. ``run`` may be called from several threads."""
+
+    threads: int
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """Run once on inputs of the declared names, shapes and dtypes."""
+        ...
+
+    def close(self) -> None:
+        """Release what the program holds; ``run`` is not called again."""
+        ...
+
+
+class Backend(Protocol):
+    """What every module in this package offers."""
+
+    LOWERINGS: tuple[str, ...]
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that decide what a program does."""
+        ...
+
+    def build(self, model: onnx.ModelProto) -> bytes:
+        """Compile one lowered model.
+
+        Raises:
+            CompilationError: The backend refused it; its own words are in the message.
+        """
+        ...
+
+    def open(self, payload: bytes, threads: int | None) -> Runner:
+        """Load what `build` made.
+
+        Raises:
+            CompilationError: The payload does not load here.
+        """
+        ...
+
+
+def find(name: str) -> Backend:
+    """Load a backend by file name.
+
+    Raises:
+        DeviceMismatchError: This version has no such backend.
+    """
+    known = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    if name not in known:
+        raise DeviceMismatchError(
+            f"The engine needs the backend '{name}'.",
+            f"This version of hydra-edge has: {', '.join(known)}.",
+            "Upgrade hydra-edge, or compile the engine for a target listed by `hydra-edge targets`.",
+        )
+    backend: Backend = importlib.import_module(f"{__name__}.{name}")
+    return backend

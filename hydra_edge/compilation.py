@@ -1,0 +1,183 @@
+"""`compile`: a graph becomes an engine for one target."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+import hydra_edge
+from hydra_edge import backends, equivalence, lowering, targets
+from hydra_edge.artifacts.arrays import check_arrays
+from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
+from hydra_edge.artifacts.graph import Graph, TensorSpec
+from hydra_edge.backends import Backend
+from hydra_edge.backends.onnxruntime import evaluate
+from hydra_edge.errors import CompilationError, InputError
+
+Array = npt.NDArray[np.generic]
+_TIMING_SECONDS = 0.2  # per candidate lowering and round
+_TIMING_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How an engine is built.
+
+    Attributes:
+        batch: Smallest, best and largest batch. Lowerings are timed at the best one.
+        threads: Threads to time with; None means one per core.
+        lowering: Keep this lowering instead of timing all of them.
+    """
+
+    batch: tuple[int, int, int] = (1, 8, 32)
+    threads: int | None = None
+    lowering: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.batch) != 3 or not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
+            raise InputError(
+                f"The batch range is {self.batch}.",
+                "It is (smallest, best, largest), each at least 1 and not decreasing.",
+                "Write for example (1, 8, 32).",
+            )
+        if self.threads is not None and self.threads < 1:
+            raise InputError(
+                f"{self.threads} threads were asked for.",
+                "A program runs on at least one.",
+                "Leave it out for one per core.",
+            )
+
+
+def compile(
+    graph: Graph,
+    target: str = "cpu",
+    *,
+    batch: tuple[int, int, int] | None = None,
+    golden: Mapping[str, Array] | None = None,
+    options: CompileOptions | None = None,
+) -> Engine:
+    """Lower a graph, build it for a target, prove it against the graph and pack it up.
+
+    Args:
+        graph: Any graph; fuse it first to gain from its heads.
+        target: A name from `hydra-edge targets`.
+        batch: Shorthand for ``options.batch``.
+        golden: One batch of inputs to record with the graph's own outputs, so that
+            `Session.self_test` can prove the engine later; random by default.
+        options: How it is built.
+
+    Returns:
+        The engine. Its program says which lowering was kept and how fast each one was.
+
+    Raises:
+        InputError: Unknown target or lowering, a bad batch range, or golden inputs that do not fit.
+        CompilationError: The backend refused the graph, or no lowering reproduced it.
+    """
+    options = options or CompileOptions()
+    options = options if batch is None else replace(options, batch=batch)
+    row = targets.find(target)
+    backend = backends.find(row.backend)
+    options = replace(options, batch=_batch_range(graph, options.batch))
+    feeds = (
+        check_arrays(golden, graph.inputs)
+        if golden is not None
+        else equivalence.random_inputs(graph.inputs, batch=min(16, options.batch[2]))
+    )
+    record = Golden(feeds, evaluate(graph.model, feeds), equivalence.tolerance_of(graph.model))
+    candidates = _candidates(graph, backend, options, record)
+    timings = _time(candidates, graph.inputs, backend, options)
+    best = min(timings, key=timings.__getitem__)
+    program = Program(
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        batch=options.batch,
+        optional=(graph.metadata.logits,) if graph.metadata.logits else (),
+        lowering=best,
+        lowering_ms=timings,
+        graph=graph,
+        payload=candidates[best],
+        golden=record,
+    )
+    metadata = graph.metadata
+    return Engine(
+        target=row.name,
+        backend=row.backend,
+        task=metadata.task,
+        kind=metadata.kind,
+        heads=metadata.heads,
+        labels=metadata.labels,
+        precision=metadata.precision,
+        source_sha256=graph.sha256,
+        calibration_sha256=metadata.calibration_sha256,
+        metrics={},
+        tools={"hydra-edge": hydra_edge.__version__, **backend.versions()},
+        programs={MAIN: program},
+    )
+
+
+def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A graph with a fixed batch has a range of one."""
+    for spec in graph.inputs:
+        if spec.dtype == "unknown" or not spec.shape:
+            raise CompilationError(
+                f"The input '{spec}' has no declared type or no axes.",
+                "An engine checks its inputs, and axis 0 of each is the batch.",
+                "Export the model with typed inputs and a batch axis.",
+            )
+        if isinstance(spec.shape[0], int):
+            return (spec.shape[0],) * 3
+    return wanted
+
+
+def _candidates(
+    graph: Graph, backend: Backend, options: CompileOptions, record: Golden
+) -> dict[str, bytes]:
+    """Built payloads by lowering; each reproduces the graph on the recorded batch."""
+    names = backend.LOWERINGS if lowering.has_heads(graph) else backend.LOWERINGS[:1]
+    if options.lowering:
+        names = (options.lowering,)
+    payloads = {}
+    errors = {}
+    for name in names:
+        payload = backend.build(lowering.lower(graph, name).model)
+        runner = backend.open(payload, options.threads)
+        errors[name] = equivalence.replay(runner, record)
+        runner.close()
+        if errors[name] <= record.tolerance:
+            payloads[name] = payload
+    if not payloads:
+        found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+        raise CompilationError(
+            f"No lowering reproduces the graph: {found} (relative RMS).",
+            f"Up to {record.tolerance:g} is rounding.",
+            "Please report the graph; its unfused form compiles without grouped ops.",
+        )
+    return payloads
+
+
+def _time(
+    candidates: Mapping[str, bytes],
+    inputs: tuple[TensorSpec, ...],
+    backend: Backend,
+    options: CompileOptions,
+) -> dict[str, float]:
+    """p50 in milliseconds per candidate at the best batch, in rounds so that all see the same noise."""
+    feeds = equivalence.random_inputs(inputs, batch=options.batch[1])
+    runners = {name: backend.open(data, options.threads) for name, data in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    rounds = _TIMING_ROUNDS if len(runners) > 1 else 1
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            runner.run(feeds, [])
+            end = time.perf_counter() + _TIMING_SECONDS / rounds
+            while (start := time.perf_counter()) < end or not samples[name]:
+                runner.run(feeds, [])
+                samples[name].append(time.perf_counter() - start)
+    for runner in runners.values():
+        runner.close()
+    return {name: round(statistics.median(times) * 1e3, 4) for name, times in samples.items()}

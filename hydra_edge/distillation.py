@@ -1,0 +1,688 @@
+"""`distill`: train a `Hydra` student to imitate an `Ensemble`, head by head.
+
+Two phases, after Tran et al. 2020, arXiv 2001.04694:
+
+    mean    the body and head 0 imitate the mean of the members
+    heads   that head is copied to all heads, then each imitates its members
+
+What a run keeps in its work folder, so that a kill costs one epoch at most:
+
+    teacher-<fingerprint>.npy    the members' outputs [M, N, C] in float32 (teacher="cached")
+    checkpoint.safetensors       weights, optimizer state and position after the latest epoch
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from hydra_edge import tasks
+from hydra_edge.artifacts.files import write_atomic
+from hydra_edge.ensembles import Ensemble, Hydra, tensor_state
+from hydra_edge.errors import ArtifactError, DistillationError, HydraError, InputError, require
+
+Array: TypeAlias = npt.NDArray[np.generic] | torch.Tensor
+Data: TypeAlias = Array | tuple[Array, ...] | Dataset[object]
+Augment: TypeAlias = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+_Inputs: TypeAlias = tuple[torch.Tensor, ...]
+_Outputs: TypeAlias = np.memmap[Any, np.dtype[np.float32]]
+
+_CHECKPOINT = "checkpoint.safetensors"
+_HASHED_SAMPLES = 64
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How to distill. The defaults are a start for small image classifiers.
+
+    Attributes:
+        epochs_mean: Epochs in which head 0 imitates the mean of the members; 0 skips that phase.
+        epochs_heads: Epochs in which every head imitates its members.
+        batch_size: Samples per step. A single left-over sample joins the batch before it, because
+            batch normalisation cannot train on one.
+        learning_rate: AdamW's rate at the start of the first phase; a cosine takes it to 0.
+        learning_rate_heads: The same for the second phase.
+        temperature: Softens classification logits; published runs use 3 to 8. Regression needs 1.
+        weight_decay: AdamW's decoupled weight decay.
+        gradient_clip: Largest norm of the gradient; None for no limit.
+        seed: Of shuffling, augmentation and dropout; the initial weights are the student's own.
+        teacher: ``"cached"`` runs the members once and keeps their outputs on disk; ``"online"``
+            runs them on every batch, which augmentation needs.
+        warmstart_heads: Copy head 0 to all heads between the phases; otherwise the other heads keep
+            their initial weights.
+        mixed_precision: Of the student; the members always run in their own precision.
+        workers: Processes that load data; 0 loads in this one.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    epochs_mean: int = 100
+    epochs_heads: int = 100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    learning_rate_heads: float = 1e-3
+    temperature: float = 1.0
+    weight_decay: float = 1e-4
+    gradient_clip: float | None = 5.0
+    seed: int = 0
+    teacher: Literal["cached", "online"] = "cached"
+    warmstart_heads: bool = True
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"epochs_mean": 0, "epochs_heads": 1, "batch_size": 1, "seed": 0, "workers": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            self._require(name, value >= minimum, f"an integer of {minimum} or more")
+        for name in ("learning_rate", "learning_rate_heads", "temperature", "gradient_clip"):
+            value = getattr(self, name)
+            unset = name == "gradient_clip" and value is None
+            self._require(name, unset or 0 < value < math.inf, "a finite number above 0")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of 0 or more")
+        choices = {"teacher": ("cached", "online"), "mixed_precision": ("no", "fp16", "bf16")}
+        for name, allowed in choices.items():
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            raise InputError(f"{name} is {value!r}.", f"It must be {allowed}.", "Change it.")
+
+
+def distill(
+    ensemble: Ensemble,
+    student: Hydra,
+    data: Data,
+    config: DistillationConfig = DistillationConfig(),  # noqa: B008 (frozen, so safe to share)
+    *,
+    augment: Augment | None = None,
+    workdir: Path | str | None = None,
+    progress: bool = True,
+) -> Hydra:
+    """Train a copy of ``student`` to imitate ``ensemble``; no labels are used.
+
+    With H heads and M members, head h imitates members h, h + H, h + 2H, … and its loss is the mean
+    over them. Rotating through them would have the same optimum, their mean, and only add noise to
+    the gradient. That mean hides what those members disagree on: H below M costs uncertainty.
+
+    Args:
+        ensemble: The M members, run in eval mode; left in the mode and on the device it was.
+        student: The untrained student, with at most M heads. It is not changed.
+        data: What to imitate on: an array or tensor ``[N, …]``, a tuple of them for a model with
+            several inputs, or a map-style dataset that yields x or ``(x, …)``, where x may be a
+            tuple of inputs. numpy's float64 becomes torch's default dtype.
+        config: How to train.
+        augment: Called as ``augment(x, generator)`` on every batch of the first input, on the CPU;
+            draw from the generator to keep runs repeatable. Needs ``teacher="online"``.
+        workdir: Where the run keeps the teacher's outputs and its checkpoint; the same call resumes
+            from there, and returns at once when the run was finished. None for a temporary folder.
+        progress: Show progress on stderr.
+
+    Returns:
+        The trained student in eval mode, on the device of ``student``.
+
+    Raises:
+        InputError: Ensemble, student, data and config do not fit each other.
+        DistillationError: The folder belongs to another run, the disk is too small, an output or
+            the loss is not finite, or the environment cannot train this way.
+        ArtifactError: A file of the work folder is damaged or cannot be written.
+        MissingDependencyError: accelerate is not installed.
+
+    Source: Tran et al. 2020, arXiv 2001.04694.
+    """
+    inputs = _TransferSet(data)
+    _check_request(ensemble, student, inputs, config, augment)
+    accelerator = _accelerator(config)
+    device: torch.device = accelerator.device
+    home = _device_of(student)
+    student = copy.deepcopy(student).to(device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_callers_random_state(device))
+        stack.enter_context(_evaluating(ensemble, device))
+        shape = _check_outputs(ensemble, student, inputs, config.temperature, device)
+        folder = stack.enter_context(_folder(workdir))
+        bar = stack.enter_context(_progress_bar(progress))
+        run = _Run(config, ensemble, student, inputs, augment, folder, accelerator, bar)
+        run.train((shape[0], len(inputs), *shape[2:]))
+    return student.to(home).eval()
+
+
+class _TransferSet(Dataset[_Inputs]):
+    """Any accepted data as a map-style dataset of tuples, one tensor per input of the model."""
+
+    def __init__(self, data: Data) -> None:
+        parts = data if isinstance(data, tuple) else (data,)
+        self.arrays = tuple(part for part in parts if isinstance(part, (np.ndarray, torch.Tensor)))
+        self.dataset: Any = data
+        if parts and len(self.arrays) == len(parts):
+            lengths = {len(array) if array.ndim else 0 for array in self.arrays}
+        elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+            self.arrays, lengths = (), {len(data)}
+        else:
+            raise InputError(
+                f"The data is a {type(data).__name__}.",
+                "Samples are visited by number, in a new order every epoch.",
+                "Give a numpy array, a tensor, a tuple of them or a map-style torch Dataset.",
+            )
+        if len(lengths) > 1 or 0 in lengths:
+            raise InputError(
+                f"The inputs hold {' and '.join(map(str, sorted(lengths)))} samples.",
+                "Sample n of every input goes into the model together, and there is at least one.",
+                "Give all inputs the same first axis.",
+            )
+        (self.length,) = lengths
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> _Inputs:
+        sample = self.dataset[index]
+        first = sample[0] if isinstance(sample, (tuple, list)) else sample
+        return tuple(map(_tensor, first if isinstance(first, (tuple, list)) else (first,)))
+
+    def __getitems__(self, indices: Sequence[int]) -> _Inputs:
+        """One batch, each input ``[B, …]``; the hook through which `DataLoader` fetches batches."""
+        if self.arrays:
+            return tuple(_tensor(array[list(indices)]) for array in self.arrays)
+        return tuple(default_collate([self[index] for index in indices]))
+
+    def digest(self, content: bool) -> str:
+        """Hash of the length and, on request, of all arrays or of some samples of a dataset."""
+        hasher = hashlib.sha256(str(len(self)).encode())
+        spread = np.linspace(0, len(self) - 1, min(_HASHED_SAMPLES, len(self))).astype(int)
+        indices = range(len(self)) if self.arrays else spread.tolist()
+        for chunk in _chunks(indices, 1024) if content else ():
+            _hash(hasher, self.__getitems__(chunk))
+        return hasher.hexdigest()
+
+
+@dataclass
+class _Run:
+    config: DistillationConfig
+    ensemble: Ensemble
+    student: Hydra
+    inputs: _TransferSet
+    augment: Augment | None
+    folder: Path
+    accelerator: Any
+    bar: Progress
+    identity: Mapping[str, str] = field(default_factory=dict)
+    cached: _Outputs | None = None
+
+    def train(self, teacher_shape: tuple[int, ...]) -> None:
+        """Run what is left of both phases; the members' outputs have shape ``[M, N, C]``."""
+        config, student = self.config, self.student
+        self.identity = self._identity()
+        header, tensors = self._read_checkpoint()
+        if header:
+            _log.info("Resuming after epoch %d of phase %d.", header["epoch"], header["phase"])
+            student.load_state_dict(_under("student.", tensors))
+        reached = header.get("phase", 0)
+        for phase, epochs in enumerate((config.epochs_mean, config.epochs_heads)):
+            done = header.get("epoch", 0) if phase == reached else 0
+            if phase < reached or done == epochs:
+                continue
+            if config.teacher == "cached" and self.cached is None:
+                self.cached = self._teacher_outputs(teacher_shape)
+            if phase == 1 and done == 0 and config.epochs_mean and config.warmstart_heads:
+                for head in student.heads[1:]:
+                    head.load_state_dict(student.heads[0].state_dict())
+            optimizer = self._optimizer(phase)
+            if done:
+                self._restore(optimizer, header, _under("optimizer.", tensors))
+            self._phase(phase, done, epochs, optimizer)
+
+    def _phase(self, phase: int, done: int, epochs: int, optimizer: Any) -> None:
+        steps = len(_batches(len(self.inputs), self.config.batch_size, torch.Generator()))
+        row = self.bar.add_task(
+            f"phase {phase + 1}: {('mean', 'heads')[phase]}",
+            total=epochs * steps,
+            completed=done * steps,
+            loss="",
+        )
+        for epoch in range(done, epochs):
+            self._epoch(phase, epoch, epochs, optimizer, row)
+            self._write_checkpoint(phase, epoch + 1, optimizer)
+
+    def _epoch(self, phase: int, epoch: int, epochs: int, optimizer: Any, row: Any) -> None:
+        config, device = self.config, self.accelerator.device
+        # Every epoch has its own random streams, so a resumed run draws what the whole run drew.
+        words = np.random.SeedSequence([config.seed, phase, epoch]).generate_state(3)
+        shuffling, augmenting = (torch.Generator().manual_seed(int(word)) for word in words[:2])
+        torch.manual_seed(int(words[2]))
+        batches = _batches(len(self.inputs), config.batch_size, shuffling)
+        loader = DataLoader(
+            self.inputs,
+            batch_sampler=batches,
+            collate_fn=_unchanged,
+            num_workers=config.workers,
+            generator=shuffling,
+        )
+        self.student.train()
+        rate = (config.learning_rate, config.learning_rate_heads)[phase]
+        for step, (indices, x) in enumerate(zip(batches, loader, strict=True)):
+            position = (epoch + step / len(batches)) / epochs
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * position))
+            if self.augment is not None:
+                x = (_augmented(self.augment, x[0], augmenting), *x[1:])
+            x = tuple(part.to(device) for part in x)
+            target = self._target(indices, x)
+            with self.accelerator.autocast():
+                loss = _step_loss(self.student, phase, x, target, config.temperature)
+            if not torch.isfinite(loss):
+                raise DistillationError(
+                    f"The loss is {loss.item()} in phase {phase + 1}, epoch {epoch + 1}, "
+                    f"step {step + 1}.",
+                    "Training cannot go on from there; the checkpoint holds the epoch before.",
+                    "Lower the learning rate or gradient_clip, or set mixed_precision='no'.",
+                )
+            self._update(loss, optimizer)
+            self.bar.update(row, advance=1, loss=f"loss {loss.item():.4g}")
+
+    def _update(self, loss: torch.Tensor, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.config.gradient_clip is not None:
+            self.accelerator.unscale_gradients(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+        optimizer.step()
+
+    def _optimizer(self, phase: int) -> Any:
+        # Weight decay would move heads that the first phase does not train.
+        heads = self.student.heads[:1] if phase == 0 else self.student.heads
+        trained = nn.ModuleList([self.student.body, *heads])
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, weight_decay=self.config.weight_decay)
+        return self.accelerator.prepare(optimizer)
+
+    def _target(self, indices: Sequence[int], x: _Inputs) -> torch.Tensor:
+        if self.cached is not None:
+            return torch.from_numpy(self.cached[:, indices]).to(self.accelerator.device)
+        with torch.no_grad():
+            return _finite(self.ensemble(*x).float(), indices)
+
+    def _teacher_outputs(self, shape: tuple[int, ...]) -> _Outputs:
+        """The members' outputs ``[M, N, C]``, memory-mapped; computes what is not on disk yet."""
+        name = hashlib.sha256((self.identity["data"] + self.identity["ensemble"]).encode())
+        path = self.folder / f"teacher-{name.hexdigest()[:16]}.npy"
+        if not path.exists():
+            self._write_teacher_outputs(path, shape)
+        return _open_array(path, shape, "r")
+
+    def _write_teacher_outputs(self, path: Path, shape: tuple[int, ...]) -> None:
+        partial, progress = path.with_suffix(".part.npy"), path.with_suffix(".part.json")
+        if not partial.exists():
+            progress.unlink(missing_ok=True)
+        done: int = json.loads(progress.read_text()) if progress.exists() else 0
+        size = 4 * math.prod(shape) * (shape[1] - done) // shape[1]
+        if shutil.disk_usage(self.folder).free < size:
+            raise DistillationError(
+                f"The teacher's outputs need {size / 2**20:.0f} MiB more in '{self.folder}'.",
+                "The disk has less free space than that.",
+                "Choose another workdir, or set teacher='online'.",
+            )
+        outputs = _open_array(partial, shape, "r+" if done else "w+")
+        row = self.bar.add_task("teacher", total=shape[1], completed=done, loss="")
+        for indices in _chunks(range(done, shape[1]), self.config.batch_size):
+            x = tuple(
+                part.to(self.accelerator.device) for part in self.inputs.__getitems__(indices)
+            )
+            with torch.no_grad():
+                batch = _finite(self.ensemble(*x).float(), indices)
+            outputs[:, indices[0] : indices[-1] + 1] = batch.cpu().numpy()
+            outputs.flush()
+            write_atomic(progress, json.dumps(indices[-1] + 1).encode())
+            self.bar.update(row, completed=indices[-1] + 1)
+        del outputs  # Windows cannot rename a mapped file
+        os.replace(partial, path)
+        progress.unlink()
+
+    def _identity(self) -> dict[str, str]:
+        """What must be equal for a checkpoint to be of this run, by the name the user knows."""
+        settings = dataclasses.asdict(self.config) | {"augment": self.augment is not None}
+        del settings["workers"]
+        teacher = hashlib.sha256(_architecture(self.ensemble).encode())
+        _hash(teacher, tensor_state(self.ensemble).values())
+        # With an online teacher a dataset may give new values on every visit.
+        content = bool(self.inputs.arrays) or self.config.teacher == "cached"
+        return {
+            "config": json.dumps(settings, sort_keys=True),
+            "data": self.inputs.digest(content),
+            "ensemble": teacher.hexdigest(),
+            "student": hashlib.sha256(_architecture(self.student).encode()).hexdigest(),
+        }
+
+    def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        path = self.folder / _CHECKPOINT
+        if not path.exists():
+            return {}, {}
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header: dict[str, Any] = json.loads(file.metadata()["hydra_edge"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as exc:
+            raise ArtifactError(
+                f"'{path}' cannot be read: {exc}.",
+                "It is damaged or was not written by distill.",
+                "Delete it to start over, or choose another workdir.",
+            ) from exc
+        saved: dict[str, str] = header["identity"]
+        changed = [name for name, value in self.identity.items() if saved.get(name) != value]
+        if changed:
+            raise DistillationError(
+                f"'{path}' belongs to a run with another {', another '.join(changed)}.",
+                "Going on from it would mix two runs.",
+                "Choose another workdir, or delete the file to start over.",
+            )
+        return header, tensors
+
+    def _write_checkpoint(self, phase: int, epoch: int, optimizer: Any) -> None:
+        saved, scaler = optimizer.state_dict(), self.accelerator.scaler
+        tensors = {f"student.{name}": value for name, value in tensor_state(self.student).items()}
+        for index, state in saved["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        # Clones, because safetensors refuses tensors that share memory.
+        tensors = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
+        }
+        header = {
+            "identity": self.identity,
+            "phase": phase,
+            "epoch": epoch,
+            "param_groups": saved["param_groups"],
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        data: bytes = safetensors.torch.save(tensors, {"hydra_edge": json.dumps(header)})
+        write_atomic(self.folder / _CHECKPOINT, data)
+
+    def _restore(
+        self, optimizer: Any, header: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
+        if header["scaler"]:
+            self.accelerator.scaler.load_state_dict(header["scaler"])
+
+
+def _step_loss(
+    student: Hydra, phase: int, x: _Inputs, target: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The loss of one step; every further term belongs here."""
+    task = tasks.find(student.task)
+    if phase == 0:
+        output = student.heads[0](student.body(*x))
+        return task.mean_loss(output.to(target.dtype), target, temperature)
+    outputs = student(*x).to(target.dtype)
+    imitating = torch.arange(len(target), device=outputs.device) % len(outputs)
+    return task.head_loss(outputs[imitating], target, temperature)
+
+
+def _check_request(
+    ensemble: Ensemble,
+    student: Hydra,
+    inputs: _TransferSet,
+    config: DistillationConfig,
+    augment: Augment | None,
+) -> None:
+    if ensemble.task != student.task or (
+        ensemble.labels and student.labels and ensemble.labels != student.labels
+    ):
+        raise InputError(
+            f"The ensemble's task is {ensemble.task} {ensemble.labels}, "
+            f"the student's {student.task} {student.labels}.",
+            "Heads imitate members output by output.",
+            "Give both the same task and the same labels in the same order.",
+        )
+    if len(student.heads) > ensemble.heads:
+        raise InputError(
+            f"The student has {len(student.heads)} heads, the ensemble {ensemble.heads} members.",
+            "A head without a member to imitate would learn nothing of its own.",
+            f"Give the student at most {ensemble.heads} heads.",
+        )
+    if augment is not None and config.teacher == "cached":
+        raise InputError(
+            "augment is given, but teacher is 'cached'.",
+            "Cached outputs belong to the samples as they are, not to augmented ones.",
+            "Set teacher='online', or leave augment out.",
+        )
+    fixed = config.teacher == "online" or bool(inputs.arrays)
+    if not fixed and inputs.digest(True) != inputs.digest(True):
+        raise InputError(
+            "Reading the dataset twice gave different samples, but teacher is 'cached'.",
+            "Cached outputs belong to one fixed version of every sample.",
+            "Set teacher='online', or remove the random transforms.",
+        )
+    first, *others = map(_architecture, student.heads)
+    for index, other in enumerate(others, 1):
+        if other != first and config.epochs_mean and config.warmstart_heads:
+            raise InputError(
+                f"Head {index} is not built like head 0.",
+                "After the first phase head 0 is copied to all heads.",
+                "Give all heads one structure, or set epochs_mean=0 or warmstart_heads=False.",
+            )
+
+
+def _check_outputs(
+    ensemble: Ensemble,
+    student: Hydra,
+    inputs: _TransferSet,
+    temperature: float,
+    device: torch.device,
+) -> torch.Size:
+    """Run both once, so that what does not fit shows before hours of work; the teacher's shape."""
+    x = tuple(part.to(device) for part in inputs.__getitems__(range(min(2, len(inputs)))))
+    outputs = []
+    for name, module in (("ensemble", ensemble), ("student", student.eval())):
+        try:
+            with torch.no_grad():
+                outputs.append(module(*x).float())
+        except HydraError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as exc:
+            shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in x)
+            raise InputError(
+                f"The {name} cannot run on the data: {exc}.",
+                f"The first batch has inputs {shapes}.",
+                "Give data of the shape and dtype that both models take.",
+            ) from exc
+    teacher, answer = outputs
+    if teacher.shape[1:] != answer.shape[1:]:
+        raise InputError(
+            f"Members give {list(teacher.shape[1:])} but heads give {list(answer.shape[1:])}.",
+            "Heads imitate members output by output.",
+            "Give the heads as many outputs as the members have.",
+        )
+    tasks.find(student.task).head_loss(answer, teacher[: len(answer)], temperature)
+    shape: torch.Size = teacher.shape
+    return shape
+
+
+def _accelerator(config: DistillationConfig) -> Any:
+    accelerate = require("accelerate", "train")
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision)
+    except ValueError as exc:
+        raise DistillationError(
+            f"accelerate refuses mixed_precision='{config.mixed_precision}': {exc}",
+            "The device lacks it, or this process has used another precision before.",
+            "Set mixed_precision='no', or start a new process.",
+        ) from exc
+    if accelerator.num_processes > 1:
+        raise DistillationError(
+            f"accelerate runs {accelerator.num_processes} processes.",
+            "One process writes the teacher's outputs and the checkpoint.",
+            "Start with python instead of accelerate launch or torchrun.",
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def _folder(workdir: Path | str | None) -> Iterator[Path]:
+    if workdir is None:
+        with tempfile.TemporaryDirectory(prefix="hydra-edge-") as name:
+            yield Path(name)
+        return
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ArtifactError(
+            f"The folder '{workdir}' cannot be made: {exc.strerror}.",
+            "The run keeps its checkpoint there.",
+            "Choose another workdir.",
+        ) from exc
+    yield Path(workdir)
+
+
+def _progress_bar(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=Console(stderr=True),
+        disable=not shown,
+    )
+
+
+def _callers_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Gives torch's global random state back to the caller as it was."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+
+
+@contextlib.contextmanager
+def _evaluating(ensemble: Ensemble, device: torch.device) -> Iterator[None]:
+    modes, home = {module: module.training for module in ensemble.modules()}, _device_of(ensemble)
+    ensemble.to(device).eval()
+    try:
+        yield
+    finally:
+        ensemble.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next(iter(tensor_state(module).values()), None)
+    return tensor.device if tensor is not None else torch.device("cpu")
+
+
+def _architecture(module: nn.Module) -> str:
+    """What a module is built of, without its weights and memory addresses."""
+    shapes = [(name, value.shape, value.dtype) for name, value in tensor_state(module).items()]
+    trained = [name for name, value in module.named_parameters() if value.requires_grad]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module} {shapes} {trained}")
+
+
+def _open_array(path: Path, shape: tuple[int, ...], mode: Literal["r", "r+", "w+"]) -> _Outputs:
+    reason = "its shape or dtype is another"
+    try:
+        array: _Outputs = np.lib.format.open_memmap(
+            path, mode, np.float32, shape if mode == "w+" else None
+        )
+        if array.shape == shape and array.dtype == np.float32:
+            return array
+    except (ValueError, OSError) as exc:
+        reason = str(exc)
+    raise ArtifactError(
+        f"The teacher's outputs in '{path}' cannot be used: {reason}.",
+        f"Expected float32 {list(shape)} as distill writes them.",
+        "Delete the file; it is computed anew.",
+    )
+
+
+def _hash(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _tensor(value: object) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, (np.ndarray, np.generic, int, float)):
+        array = np.require(value, requirements=["C", "W"])
+        tensor = torch.from_numpy(array)
+        return tensor.to(torch.get_default_dtype()) if array.dtype == np.float64 else tensor
+    raise InputError(
+        f"A sample's input is a {type(value).__name__}.",
+        "The models take tensors.",
+        "Let the dataset yield tensors or arrays: x, (x, …) or ((x1, x2), …).",
+    )
+
+
+def _augmented(augment: Augment, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    result = augment(x, generator)
+    if not isinstance(result, torch.Tensor) or len(result) != len(x):
+        got = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise InputError(
+            f"augment returned {got} for a batch {list(x.shape)}.",
+            "It must keep the batch axis.",
+            "Return one augmented sample per sample.",
+        )
+    return result
+
+
+def _finite(outputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+    bad = (~torch.isfinite(outputs)).flatten(2).any(-1).nonzero()
+    if len(bad):
+        member, row = bad[0].tolist()
+        raise DistillationError(
+            f"Member {member} gives NaN or inf for sample {indices[row]}.",
+            "A head cannot imitate that.",
+            "Check that member and that sample.",
+        )
+    return outputs
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> list[list[int]]:
+    batches = list(_chunks(torch.randperm(count, generator=generator).tolist(), size))
+    if len(batches) > 1 and len(batches[-1]) == 1 < size:
+        batches[-2:] = [batches[-2] + batches[-1]]  # batch normalisation cannot train on one sample
+    return batches
+
+
+def _chunks(values: Sequence[int], size: int) -> Iterator[list[int]]:
+    return (list(values[start : start + size]) for start in range(0, len(values), size))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,111 @@
+"""Do two graphs compute the same? The question every rewrite must answer before it returns."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from hydra_edge.artifacts.engine import Golden
+from hydra_edge.artifacts.graph import TensorSpec
+from hydra_edge.backends import Runner
+from hydra_edge.backends import onnxruntime as backend
+
+Array = npt.NDArray[np.generic]
+
+# fp32 sums in another order differ by about 1e-6 of the largest term; 1e-4 leaves room for deep heads.
+FLOAT_TOLERANCE = 1e-4
+# With Q/DQ inside, a value that lies halfway between two integers may round either way, and the layer
+# behind it moves by one step of 127; averaged over a head this stays far below 2 %, while swapped
+# heads or a wrong scale do not.
+QUANTIZED_TOLERANCE = 2e-2
+# fp16 keeps 11 bits: 5e-4 relative per operation.
+HALF_TOLERANCE = 1e-2
+
+
+def random_inputs(specs: tuple[TensorSpec, ...], *, batch: int = 16, seed: int = 0) -> dict[str, Array]:
+    """Inputs that fit ``specs``: normal floats, small integers, ``batch`` for every named axis."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for spec in specs:
+        shape = tuple(size if isinstance(size, int) else batch for size in spec.shape)
+        dtype = np.dtype(spec.dtype)
+        if np.issubdtype(dtype, np.floating):
+            feeds[spec.name] = rng.standard_normal(shape).astype(dtype)
+        else:
+            feeds[spec.name] = rng.integers(0, 2, shape).astype(dtype)
+    return feeds
+
+
+def tolerance_of(model: onnx.ModelProto) -> float:
+    """The relative error that two faithful versions of ``model`` may show."""
+    ops = {node.op_type for node in model.graph.node}
+    if ops & {"QuantizeLinear", "QuantizedGroupedMatMul"}:
+        return QUANTIZED_TOLERANCE
+    if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer):
+        return HALF_TOLERANCE
+    return FLOAT_TOLERANCE
+
+
+def difference(a: Array, b: Array) -> float:
+    """Relative error of ``a`` against ``b``, RMS over RMS.
+
+    Tensors of three and more axes are measured per slice of axis 0, which is the head, and the worst
+    counts: one wrong head among many right ones is not averaged away. Slices far quieter than the
+    whole are measured against 1e-3 of it. Shapes that differ and NaNs that do not match count as
+    infinitely far.
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        return float("inf")
+    x, y = np.nan_to_num(x), np.nan_to_num(y)
+    if x.size == 0:
+        return 0.0
+    axes = tuple(range(1 if x.ndim > 2 else 0, x.ndim))
+    error = np.sqrt(np.mean((x - y) ** 2, axis=axes))
+    scale = np.sqrt(np.mean(y**2, axis=axes))
+    floor = 1e-3 * float(np.sqrt(np.mean(y**2))) + 1e-6
+    return float(np.max(error / np.maximum(scale, floor)))
+
+
+def worst_difference(
+    model: onnx.ModelProto,
+    reference: onnx.ModelProto,
+    feeds: dict[str, Array],
+    logits: str | None = None,
+) -> tuple[str, float]:
+    """The output on which two models differ most, and by how much (see `difference`).
+
+    Args:
+        model: The model to judge.
+        reference: What it must equal.
+        feeds: Inputs for both.
+        logits: The per-head output, if known: then it alone is compared, because everything behind it
+            is the same summary op. Otherwise all floating-point outputs are.
+    """
+    names = [value.name for value in reference.graph.output]
+    expected = backend.evaluate(reference, feeds, [logits] if logits in names else names)
+    floating = {n: v for n, v in expected.items() if np.issubdtype(v.dtype, np.floating)}
+    found = backend.evaluate(model, feeds, list(floating or expected))
+    errors = {name: difference(found[name], expected[name]) for name in found}
+    worst = max(errors, key=errors.__getitem__)
+    return worst, errors[worst]
+
+
+def replay(runner: Runner, record: Golden) -> float:
+    """How far a program is from its recorded outputs: the worst relative RMS over outputs.
+
+    Votes are left out: a tie that rounds the other way moves them by 1/M.
+    """
+    names = [
+        name
+        for name, array in record.outputs.items()
+        if name != "variation_ratio" and np.issubdtype(array.dtype, np.floating)
+    ] or list(record.outputs)
+    found = runner.run(record.inputs, names)
+    return max(
+        difference(array, record.outputs[name])
+        for name, array in zip(names, found, strict=True)
+    )

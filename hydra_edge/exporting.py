@@ -1,0 +1,344 @@
+"""`export` and `merge`: torch modules, or M ONNX files, become one `Graph` with its uncertainty in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnx.compose
+import onnx.version_converter
+import onnx_graphsurgeon as gs
+
+from hydra_edge import ops, surgery, tasks
+from hydra_edge.artifacts.graph import Graph, Metadata, TensorSpec
+from hydra_edge.errors import ExportError, GraphError, InputError, require
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = "batch"
+LOGITS = "head_logits"
+
+
+def export(
+    model: torch.nn.Module,
+    example: object,
+    *,
+    input_names: Sequence[str] = (),
+    head_logits: bool = True,
+) -> Graph:
+    """Turn a torch module into a graph with a dynamic batch.
+
+    Args:
+        model: A `Hydra` or an `Ensemble`, whose graph ends in the task's summary op; or any other
+            module with one output, e.g. a single member, exported as it is.
+        example: One input (array or tensor, axis 0 the batch) or a tuple of inputs.
+        input_names: Names of the inputs; ``input`` or ``input_0``, ``input_1``, … by default.
+        head_logits: Keep the per-head output ``head_logits [M, B, C]`` among the outputs.
+
+    Returns:
+        The graph. A `Hydra` or `Ensemble` has the task's outputs, each with axis 0 the batch.
+
+    Raises:
+        ExportError: Torch cannot export the module, or its output does not fit the task.
+    """
+    torch = require("torch", "train")
+    require("onnxscript", "train")
+    from hydra_edge.ensembles import Ensemble, Hydra
+
+    examples = _examples(example)
+    names = list(input_names) or _default_names(len(examples))
+    if len(names) != len(examples):
+        raise InputError(
+            f"There are {len(examples)} example inputs and {len(names)} input names.",
+            "Each input needs one name.",
+            "Give one name per input.",
+        )
+    task = model.task if isinstance(model, (Hydra, Ensemble)) else None
+    output = LOGITS if task else "logits"
+    # The forward of Hydra and Ensemble takes *inputs, which torch.export sees as one tuple.
+    axes = tuple({0: BATCH} for _ in examples)
+    proto = _to_onnx(model, examples, names, output, (axes,) if task else axes)
+    kind = "student" if isinstance(model, Hydra) else "ensemble" if task else "member"
+    graph = Graph(proto, Metadata(kind=kind, provenance=(f"export:torch {torch.__version__}",)))
+    if task is None:
+        return graph
+    return summarize(graph, task, output, labels=model.labels, head_logits=head_logits)
+
+
+def merge(
+    members: Sequence[Graph],
+    *,
+    task: str = "classification",
+    labels: Sequence[str] = (),
+    logits: str | None = None,
+) -> Graph:
+    """Join M graphs into one ensemble graph with the outputs of the task.
+
+    Args:
+        members: Graphs with the same inputs; each gives logits ``[B, C]``.
+        task: What they are for.
+        labels: Names of the C outputs; those of the first member by default.
+        logits: Name of the output with the logits; needed when members have several outputs.
+
+    Returns:
+        A graph whose members run side by side and end in the task's summary op.
+
+    Raises:
+        InputError: There are no members.
+        GraphError: Members differ in inputs or outputs.
+    """
+    if not members:
+        raise InputError(
+            "There are no members to merge.", "An ensemble has at least one.", "Name ONNX files."
+        )
+    opset = max(ops.opset_of(ops.upgrade(member.model)) for member in members)
+    first = members[0]
+    outputs = [_logits_of(member, logits, index) for index, member in enumerate(members)]
+    merged: onnx.ModelProto | None = None
+    for index, member in enumerate(members):
+        _check_member(member, first, outputs[index], outputs[0], index)
+        model = _renamed(member, index, first.inputs, outputs[index].name, opset)
+        merged = model if merged is None else _side_by_side(merged, model)
+    assert merged is not None
+    surgeon = gs.import_onnx(merged)
+    tensors = surgeon.tensors()
+    axes = gs.Constant("stack/axes", np.asarray([0], np.int64))
+    rows = []
+    for index, spec in enumerate(outputs):
+        row = gs.Variable(f"stack/{index}", dtype=np.dtype(spec.dtype))
+        source = tensors[f"member_{index}/{spec.name}"]
+        surgeon.nodes.append(gs.Node("Unsqueeze", row.name, inputs=[source, axes], outputs=[row]))
+        rows.append(row)
+    shape = [len(members), *outputs[0].shape]
+    stacked = gs.Variable(LOGITS, dtype=np.dtype(outputs[0].dtype), shape=shape)
+    surgeon.nodes.append(
+        gs.Node("Concat", "stack", {"axis": 0}, inputs=rows, outputs=[stacked])
+    )
+    surgeon.outputs = [stacked]
+    model = surgery.close_model(surgeon, like=first.model)
+    known = tuple(labels) or first.metadata.labels
+    metadata = Metadata(kind="ensemble", provenance=(f"merge:{len(members)}",))
+    return summarize(Graph(model, metadata), task, LOGITS, labels=known)
+
+
+def summarize(
+    graph: Graph,
+    task: str,
+    logits: str,
+    *,
+    labels: Sequence[str] = (),
+    head_logits: bool = True,
+) -> Graph:
+    """End a graph in the summary op of its task.
+
+    Args:
+        graph: A graph with the per-head output ``logits [M, B, C]``; other outputs are dropped.
+        task: Task name.
+        logits: Name of that output.
+        labels: Names of the C outputs.
+        head_logits: Keep the per-head output among the outputs.
+
+    Raises:
+        GraphError: The output is missing or has another rank.
+        InputError: The labels do not match C.
+    """
+    spec = next((spec for spec in graph.outputs if spec.name == logits), None)
+    if spec is None or len(spec.shape) != 3 or not isinstance(spec.shape[0], int):
+        raise GraphError(
+            f"The output '{logits}' is {spec or 'missing'}.",
+            "A summary needs per-head outputs [M, B, C] with a known number of heads.",
+            "Stack the heads along axis 0, or merge member files with `hydra-edge merge`.",
+        )
+    heads, batch, channels = spec.shape
+    described = tasks.find(task)
+    width = described.width(channels) if isinstance(channels, int) else channels
+    if labels and len(labels) != width:
+        raise InputError(
+            f"There are {len(labels)} labels for {width} outputs.",
+            "Each output needs one label.",
+            f"Give {width} labels, or none.",
+        )
+    model = onnx.ModelProto()
+    model.CopyFrom(ops.upgrade(graph.model))
+    model.graph.node.append(
+        onnx.helper.make_node(
+            described.summary_op, [logits], list(described.outputs), "summary", domain=ops.DOMAIN
+        )
+    )
+    kept = [value for value in model.graph.output if value.name == logits and head_logits]
+    del model.graph.output[:]
+    for name in described.outputs:
+        shape = [batch, width] if name in described.vector_outputs else [batch]
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        )
+    model.graph.output.extend(kept)
+    ops.declare(model)
+    return graph.derive(
+        model,
+        f"summarize:{task}",
+        task=task,
+        heads=heads,
+        labels=tuple(labels),
+        logits=logits if head_logits else None,
+    )
+
+
+def _examples(example: object) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    parts = example if isinstance(example, tuple) else (example,)
+    tensors = []
+    for index, part in enumerate(parts):
+        tensor = part if isinstance(part, torch.Tensor) else torch.as_tensor(np.asarray(part))
+        if tensor.ndim == 0 or not len(tensor):
+            raise InputError(
+                f"Example input {index} has shape {list(tensor.shape)}.",
+                "Axis 0 is the batch and must hold at least one sample.",
+                "Pass for example torch.zeros(1, 3, 224, 224).",
+            )
+        # torch.export takes an axis of size 1 for a constant, so the example needs two samples.
+        tensors.append(torch.cat([tensor[:1], tensor[:1]]).cpu())
+    return tuple(tensors)
+
+
+def _default_names(count: int) -> list[str]:
+    return ["input"] if count == 1 else [f"input_{index}" for index in range(count)]
+
+
+def _to_onnx(
+    model: torch.nn.Module,
+    examples: tuple[torch.Tensor, ...],
+    names: list[str],
+    output: str,
+    dynamic_shapes: tuple[object, ...],
+) -> onnx.ModelProto:
+    import torch
+
+    frozen = copy.deepcopy(model).eval().cpu()
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:  # they report every optional package that is not installed
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                frozen,
+                examples,
+                dynamo=True,
+                input_names=names,
+                output_names=[output],
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+            )
+        proto = program.model_proto
+    except Exception as exc:  # whatever the module's own code and torch.export raise
+        raise ExportError(
+            f"Torch cannot export this {type(model).__name__}.",
+            f"It says: {_last_line(exc)}.",
+            "Its forward must be traceable by torch.export with a dynamic batch: no data-dependent "
+            "control flow, no reshape to a fixed batch size.",
+        ) from exc
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return _cleaned(proto)
+
+
+def _last_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return (lines[0] if lines else type(exc).__name__).rstrip(".")
+
+
+def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without stack traces and other notes that name files of the exporting machine."""
+    proto.doc_string = ""
+    del proto.metadata_props[:]
+    proto.graph.name = "hydra"
+    graph = proto.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    del graph.metadata_props[:]
+    return proto
+
+
+def _logits_of(member: Graph, logits: str | None, index: int) -> TensorSpec:
+    candidates = [spec for spec in member.outputs if logits in (None, spec.name)]
+    if len(candidates) != 1:
+        raise GraphError(
+            f"Member {index} has the outputs {', '.join(spec.name for spec in member.outputs)}.",
+            f"Its logits are not clear{f': there is no {logits!r}' if logits else ''}.",
+            "Name the output with the logits: logits=… or --logits NAME.",
+        )
+    if len(candidates[0].shape) != 2:
+        raise GraphError(
+            f"Member {index} gives {candidates[0]}.",
+            "A member gives logits of shape [B, C].",
+            "Choose another output, or export the member without its summary.",
+        )
+    return candidates[0]
+
+
+def _check_member(
+    member: Graph, first: Graph, output: TensorSpec, expected: TensorSpec, index: int
+) -> None:
+    def shape(spec: TensorSpec) -> tuple[str, tuple[int | str, ...]]:
+        return spec.dtype, tuple("" if isinstance(s, str) else s for s in spec.shape)
+
+    ours, theirs = list(map(shape, member.inputs)), list(map(shape, first.inputs))
+    if ours != theirs:
+        raise GraphError(
+            f"Member {index} takes {'; '.join(map(str, member.inputs))}.",
+            f"Member 0 takes {'; '.join(map(str, first.inputs))}; one input feeds them all.",
+            "Merge members of one input format.",
+        )
+    if shape(output) != shape(expected):
+        raise GraphError(
+            f"Member {index} gives {output}.",
+            f"Member 0 gives {expected}, and their outputs are averaged.",
+            "Merge members trained for the same outputs.",
+        )
+
+
+def _renamed(
+    member: Graph, index: int, inputs: tuple[TensorSpec, ...], logits: str, opset: int
+) -> onnx.ModelProto:
+    """A member with all names prefixed but its inputs, which it shares; only its logits leave it."""
+    model = ops.inline(ops.upgrade(member.model))
+    if ops.opset_of(model) != opset:
+        model = onnx.version_converter.convert_version(model, opset)
+    prefixed = onnx.compose.add_prefix(model, f"member_{index}/", rename_inputs=True)
+    names = {
+        f"member_{index}/{own.name}": shared.name
+        for own, shared in zip(member.inputs, inputs, strict=True)
+    }
+    for node in prefixed.graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = names.get(name, name)
+    for value in prefixed.graph.input:
+        value.name = names.get(value.name, value.name)
+    kept = [value for value in prefixed.graph.output if value.name == f"member_{index}/{logits}"]
+    del prefixed.graph.output[:]
+    prefixed.graph.output.extend(kept)
+    return prefixed
+
+
+def _side_by_side(merged: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
+    merged.graph.node.extend(model.graph.node)
+    merged.graph.initializer.extend(model.graph.initializer)
+    merged.graph.value_info.extend(model.graph.value_info)
+    merged.graph.output.extend(model.graph.output)
+    merged.ir_version = max(merged.ir_version, model.ir_version)
+    known = {entry.domain for entry in merged.opset_import}
+    merged.opset_import.extend(e for e in model.opset_import if e.domain not in known)
+    return merged

@@ -1,0 +1,130 @@
+"""Two exact rewrites that let an integer runtime see integer convolutions and matmuls.
+
+ONNX Runtime runs a convolution in int8 only where QuantizeLinear stands directly behind it, and its
+fast x86 kernels take unsigned activations. Our canonical graphs have neither (TensorRT wants Q/DQ in
+front of operators, and signed), so the lowering moves one and shifts the other; the integers that
+are multiplied stay the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+# Quantization is monotone and maps 0 to 0, so it commutes exactly with these.
+_COMMUTES = frozenset({"MaxPool", "Relu", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
+# What may lie between Q and DQ without looking at the zero point; Clip is ours, see `_rebuild`.
+_CARRIES = frozenset({"MaxPool", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
+
+
+def hoist_quantize(graph: gs.Graph) -> None:
+    """Move QuantizeLinear up through ops that it commutes with, to the convolution they follow.
+
+    ``Q(relu(conv))`` becomes ``clip(Q(conv), 0)`` and so on: the same integers, but now an integer
+    runtime sees Q directly behind the convolution and runs all of it in int8.
+    """
+    for quantize in [node for node in graph.nodes if node.op == "QuantizeLinear"]:
+        if quantize.attrs.get("axis") == 0 or not _is_symmetric_int8(quantize):
+            continue
+        path: list[gs.Node] = []
+        tensor = quantize.inputs[0]
+        while tensor.inputs and tensor.inputs[0].op in _COMMUTES and _only_reader(graph, tensor):
+            path.append(tensor.inputs[0])
+            tensor = tensor.inputs[0].inputs[0]
+        if not path or not tensor.inputs or tensor.inputs[0].op != "Conv":
+            continue
+        if not _only_reader(graph, tensor):
+            continue
+        _rebuild(graph, quantize, tensor, path[::-1])
+
+
+def _rebuild(
+    graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]
+) -> None:
+    parameters = quantize.inputs[1:]
+    stem = f"{quantize.name or quantize.outputs[0].name}/hoisted"
+    current = gs.Variable(f"{stem}_0", dtype=np.int8, shape=start.shape)
+    graph.nodes.append(
+        gs.Node("QuantizeLinear", stem, inputs=[start, *parameters], outputs=[current])
+    )
+    zero = gs.Constant(f"{stem}_zero", np.zeros((), np.int8))
+    for index, node in enumerate(path, 1):
+        relu = node.op == "Relu"
+        output = gs.Variable(f"{stem}_{index}", dtype=np.int8, shape=node.outputs[0].shape)
+        inputs = [current, zero] if relu else [current, *node.inputs[1:]]
+        attrs = {} if relu else dict(node.attrs)
+        op = "Clip" if relu else node.op
+        graph.nodes.append(gs.Node(op, f"{stem}_{op}_{index}", attrs, inputs, [output]))
+        current = output
+    old = quantize.outputs[0]
+    for reader in list(old.outputs):
+        reader.inputs = [current if tensor is old else tensor for tensor in reader.inputs]
+    quantize.inputs.clear()
+
+
+def _is_symmetric_int8(quantize: gs.Node) -> bool:
+    if len(quantize.inputs) < 3:
+        return False
+    scale, zero_point = quantize.inputs[1:3]
+    return (
+        all(isinstance(tensor, gs.Constant) and tensor.values.size == 1 for tensor in (scale, zero_point))
+        and zero_point.values.dtype == np.int8
+        and not np.any(zero_point.values)
+    )
+
+
+def _only_reader(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return len(tensor.outputs) == 1 and all(output is not tensor for output in graph.outputs)
+
+
+def shift_to_uint8(graph: gs.Graph) -> None:
+    """Store activations as uint8 with zero point 128 instead of int8 with zero point 0.
+
+    ``q + 128`` with zero point 128 is the same number; all readers are changed with the writer, or
+    nothing is.
+    """
+    for quantize in [node for node in graph.nodes if node.op == "QuantizeLinear"]:
+        if len(quantize.inputs) < 3 or not _is_zero(quantize.inputs[2]):
+            continue
+        carriers, ends = _readers(quantize)
+        if any(end.op not in ("DequantizeLinear", "MatMulInteger") for end in ends):
+            continue
+        if any(output.dtype == np.int8 for output in graph.outputs):
+            continue
+        name = f"{quantize.name or quantize.outputs[0].name}/zero_point_128"
+        shape = quantize.inputs[2].values.shape
+        zero_point = gs.Constant(name, np.full(shape, 128, np.uint8))
+        scalar = gs.Constant(f"{name}_scalar", np.asarray(128, np.uint8))
+        quantize.inputs[2] = zero_point
+        for node in (quantize, *carriers):
+            node.outputs[0].dtype = np.uint8
+            if node.op == "Clip":
+                node.inputs[1] = scalar
+        for end in ends:
+            if end.op == "MatMulInteger":
+                end.inputs = [*end.inputs[:2], scalar]
+            else:
+                end.inputs = [*end.inputs[:2], zero_point]
+
+
+def _readers(quantize: gs.Node) -> tuple[list[gs.Node], list[gs.Node]]:
+    """The nodes that carry the integers on, and those that finally read them."""
+    carriers: list[gs.Node] = []
+    ends: list[gs.Node] = []
+    pending = list(quantize.outputs[0].outputs)
+    while pending:
+        node = pending.pop()
+        if node.op in _CARRIES:
+            carriers.append(node)
+            pending.extend(node.outputs[0].outputs)
+        else:
+            ends.append(node)
+    return carriers, ends
+
+
+def _is_zero(tensor: gs.Tensor) -> bool:
+    return (
+        isinstance(tensor, gs.Constant)
+        and tensor.values.dtype == np.int8
+        and not np.any(tensor.values)
+    )

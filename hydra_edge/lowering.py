@@ -1,0 +1,253 @@
+"""`lower`: from the canonical fused graph to the standard ops that one backend runs best.
+
+Three ways to run grouped heads without a kernel of our own; `compile` times them and keeps one.
+
+    grouped   every layer one batched MatMul over M
+    wide      a first layer, whose input all heads share, is one dense [K, M·N] matmul; the rest grouped
+    separate  M small matmuls per layer, as before fusion: some runtimes prepack only those
+
+Integer matmuls stay integer in all three; `integer_path` does the same for convolutions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from hydra_edge import integer_path, surgery
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.errors import InputError
+
+Array = npt.NDArray[np.generic]
+LOWERINGS = ("grouped", "wide", "separate")
+# Ops that act alike on every head, and on a stack of heads: "separate" carries M tensors through them.
+_ELEMENTWISE = frozenset(
+    "Abs Add Cast Ceil Celu Clip Cos Div Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu "
+    "Log Max Min Mish Mul Neg Pow Reciprocal Relu Round Selu Sigmoid Sin Softplus Softsign Sqrt Sub "
+    "Tanh ThresholdedRelu".split()
+)
+
+
+def lower(graph: Graph, lowering: str) -> Graph:
+    """Replace the grouped ops of ``graph`` by standard ops.
+
+    Args:
+        graph: A fused graph.
+        lowering: One of `LOWERINGS`.
+
+    Returns:
+        A graph that computes the same with standard ops and summary functions only.
+
+    Raises:
+        InputError: There is no such lowering.
+    """
+    if lowering not in LOWERINGS:
+        raise InputError(
+            f"Unknown lowering '{lowering}'.",
+            f"There are: {', '.join(LOWERINGS)}.",
+            "Pick one of those, or let `compile` time them all.",
+        )
+    surgeon = surgery.open_model(graph.model)
+    emitter = _Emitter(surgeon)
+    for node in list(surgeon.nodes):
+        if node.op in ("GroupedMatMul", "QuantizedGroupedMatMul"):
+            x, weight = node.inputs[0], node.inputs[1]
+            shared = len(x.shape) == 2
+            if lowering == "separate":
+                emitter.separate(node)
+            elif node.op == "QuantizedGroupedMatMul":
+                (emitter.wide_int8 if lowering == "wide" and shared else emitter.grouped_int8)(node)
+            elif lowering == "wide" and shared and len(weight.shape) == 3:
+                emitter.wide(node)
+        elif lowering == "separate" and emitter.can_separate(node):
+            emitter.separate_elementwise(node)
+    emitter.gather_separated()
+    integer_path.hoist_quantize(surgeon)
+    integer_path.shift_to_uint8(surgeon)
+    return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
+
+
+def has_heads(graph: Graph) -> bool:
+    """Whether there is anything to choose: a graph without grouped ops lowers in one way only."""
+    return any("GroupedMatMul" in node.op_type for node in graph.model.graph.node)
+
+
+class _Emitter:
+    """Rewrites grouped nodes of one graph, in topological order."""
+
+    def __init__(self, graph: gs.Graph) -> None:
+        self.graph = graph
+        self.prefix = surgery.fresh_name(graph, "lowered")
+        self.count = 0
+        self.parts: dict[str, list[gs.Tensor]] = {}  # stacked tensor -> its M tensors
+        self.integers: dict[tuple[str, bytes], gs.Tensor] = {}
+        self.pending: list[gs.Tensor] = []  # stacked tensors that no node writes any more
+
+    def wide(self, node: gs.Node) -> None:
+        """``[B, K] @ [K, M·N]``, then back to ``[M, B, N]``."""
+        x, weight, bias = node.inputs
+        flat = self.op("Gemm", [x, self.flat(weight), self.flat(bias)], x.dtype)
+        self.unflatten(node, flat)
+
+    def wide_int8(self, node: gs.Node) -> None:
+        """The same in integers."""
+        x, weight, bias, weight_scale, x_scale = node.inputs
+        if x_scale.values.size != 1:
+            self.grouped_int8(node)
+            return
+        scale = self.flat(self.constant(x_scale.values * weight_scale.values))
+        scaled = self.int8_matmul(self.quantized(x, x_scale), self.flat(weight), scale)
+        self.unflatten(node, self.op("Add", [scaled, self.flat(bias)], x.dtype))
+
+    def grouped_int8(self, node: gs.Node) -> None:
+        """Integer matmul batched over M, scaled afterwards."""
+        x, weight, bias, weight_scale, x_scale = node.inputs
+        if x_scale.values.size > 1 and len(x.shape) == 2:
+            x = self.op("Expand", [x, self.constant(np.asarray([len(weight.values), 1, 1]))], x.dtype)
+        scale = self.constant(x_scale.values * weight_scale.values)
+        scaled = self.int8_matmul(self.quantized(x, x_scale), weight, scale)
+        self.finish(node, "Add", [scaled, bias])
+
+    def quantized(self, x: gs.Tensor, scale: gs.Constant) -> gs.Tensor:
+        """``x`` in int8; a scale per head lies along axis 0. Equal requests share one node."""
+        values = scale.values.reshape(-1) if scale.values.size > 1 else scale.values.reshape(())
+        key = (str(x.name), values.tobytes())
+        if key not in self.integers:
+            zeros = self.constant(np.zeros(values.shape, np.int8))
+            attrs: dict[str, object] = {"axis": 0} if values.ndim else {}
+            inputs = [x, self.constant(values), zeros]
+            self.integers[key] = self.op("QuantizeLinear", inputs, np.int8, attrs)
+        return self.integers[key]
+
+    def int8_matmul(self, x: gs.Tensor, weight: gs.Tensor, scale: gs.Tensor) -> gs.Tensor:
+        """``(x @ weight) * scale`` with an exact integer product."""
+        product = self.op("MatMulInteger", [x, weight], np.int32)
+        real = self.op("Cast", [product], np.float32, {"to": 1})
+        return self.op("Mul", [real, scale], np.float32)
+
+    def separate(self, node: gs.Node) -> None:
+        """One matmul per head, carried on as M tensors."""
+        x, weight, bias = node.inputs[:3]
+        heads = len(weight.values)
+        sources = self.split(x, heads) if len(x.shape) == 3 else [x] * heads
+        results = []
+        for head, source in enumerate(sources):
+            matrix = self.constant(weight.values[head])
+            offset = self.constant(bias.values[head].reshape(-1))
+            if node.op == "GroupedMatMul":
+                results.append(self.op("Gemm", [source, matrix, offset], source.dtype))
+                continue
+            weight_scale, x_scales = node.inputs[3].values[head], node.inputs[4].values.reshape(-1)
+            x_scale = self.constant(x_scales[head if x_scales.size > 1 else 0])
+            scale = self.constant(x_scale.values * weight_scale.reshape(-1))
+            scaled = self.int8_matmul(self.quantized(source, x_scale), matrix, scale)
+            results.append(self.op("Add", [scaled, offset], source.dtype))
+        self.retire(node, results)
+
+    def can_separate(self, node: gs.Node) -> bool:
+        """Whether ``node`` only passes separated heads on."""
+        if node.op not in _ELEMENTWISE or node.domain:
+            return False
+        separated = [tensor for tensor in node.inputs if tensor.name in self.parts]
+        others = [tensor for tensor in node.inputs if tensor.name not in self.parts]
+        return bool(separated) and all(isinstance(tensor, gs.Constant) for tensor in others)
+
+    def separate_elementwise(self, node: gs.Node) -> None:
+        """The same op on each of the M tensors; constants with an axis M are taken apart."""
+        known = [tensor for tensor in node.inputs if tensor.name in self.parts]
+        heads = len(self.parts[known[0].name])
+        results = []
+        for head in range(heads):
+            inputs = [self.part(tensor, head, heads) for tensor in node.inputs]
+            results.append(self.op(node.op, inputs, node.outputs[0].dtype, dict(node.attrs)))
+        self.retire(node, results)
+
+    def part(self, tensor: gs.Tensor, head: int, heads: int) -> gs.Tensor:
+        """What ``head`` sees of ``tensor``."""
+        if tensor.name in self.parts:
+            return self.parts[tensor.name][head]
+        values = tensor.values
+        stacked = values.ndim == 3 and len(values) == heads
+        return self.constant(values[head]) if stacked else tensor
+
+    def split(self, x: gs.Tensor, heads: int) -> list[gs.Tensor]:
+        """The M tensors of a stacked one."""
+        if x.name not in self.parts:
+            self.parts[x.name] = [
+                self.op("Gather", [x, self.constant(np.asarray(head))], x.dtype, {"axis": 0})
+                for head in range(heads)
+            ]
+        return self.parts[x.name]
+
+    def retire(self, node: gs.Node, results: list[gs.Tensor]) -> None:
+        """Remember the M results; the stacked tensor is rebuilt only where something reads it."""
+        self.parts[node.outputs[0].name] = results
+        self.pending.append(node.outputs[0])
+        node.inputs.clear()
+        node.outputs.clear()
+
+    def gather_separated(self) -> None:
+        """Stack separated tensors again where a remaining node or a graph output reads them."""
+        for tensor in self.pending:
+            if tensor.outputs or any(output is tensor for output in self.graph.outputs):
+                axes = self.constant(np.asarray([0], np.int64))
+                rows = [
+                    self.op("Unsqueeze", [part, axes], tensor.dtype)
+                    for part in self.parts[tensor.name]
+                ]
+                self.append("Concat", rows, tensor, {"axis": 0})
+
+    def unflatten(self, node: gs.Node, flat: gs.Tensor) -> None:
+        """``[B, M·N]`` to ``[M, B, N]``."""
+        heads, _, width = node.inputs[1].shape
+        shape = self.constant(np.asarray([0, heads, width], np.int64))
+        rows = self.op("Reshape", [flat, shape], flat.dtype)
+        self.finish(node, "Transpose", [rows], {"perm": [1, 0, 2]})
+
+    def flat(self, tensor: gs.Constant) -> gs.Constant:
+        """``[M, K, N]`` to ``[K, M·N]``."""
+        values = np.moveaxis(tensor.values, 0, 1)
+        return self.constant(values.reshape(values.shape[0], -1))
+
+    def constant(self, values: Array) -> gs.Constant:
+        """A new constant."""
+        self.count += 1
+        return gs.Constant(f"{self.prefix}/constant_{self.count}", np.array(values, order="C"))
+
+    def op(
+        self,
+        op: str,
+        inputs: list[gs.Tensor],
+        dtype: object = None,
+        attrs: dict[str, object] | None = None,
+    ) -> gs.Variable:
+        """A new node with one new output."""
+        self.count += 1
+        output = gs.Variable(f"{self.prefix}/{op}_{self.count}", dtype=dtype)
+        self.append(op, inputs, output, attrs)
+        return output
+
+    def append(
+        self,
+        op: str,
+        inputs: list[gs.Tensor],
+        output: gs.Tensor,
+        attrs: dict[str, object] | None = None,
+    ) -> None:
+        """A new node that writes ``output``."""
+        name = f"{self.prefix}/{op}_node_{self.count}_{len(self.graph.nodes)}"
+        self.graph.nodes.append(gs.Node(op, name, attrs or {}, inputs, [output]))
+
+    def finish(
+        self,
+        node: gs.Node,
+        op: str,
+        inputs: list[gs.Tensor],
+        attrs: dict[str, object] | None = None,
+    ) -> None:
+        """Let a new node write what ``node`` wrote."""
+        output = node.outputs[0]
+        node.inputs.clear()
+        node.outputs.clear()
+        self.append(op, inputs, output, attrs)

@@ -1,0 +1,78 @@
+"""The ONNX domain ``hydra``: each op is a local function of standard ops, so any runtime can run it."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.inliner
+import onnx.parser
+import onnx.version_converter
+
+from hydra_edge.errors import GraphError
+from hydra_edge.ops import ensemble_summary, grouped_matmul
+
+DOMAIN = "hydra"
+VERSION = 1
+MINIMUM_OPSET = 18  # reductions take their axes as an input from here on
+
+_SOURCES = {**ensemble_summary.FUNCTIONS, **grouped_matmul.FUNCTIONS}
+NAMES = frozenset(_SOURCES)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of the default ONNX domain that ``model`` imports.
+
+    Raises:
+        GraphError: It imports none.
+    """
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return entry.version
+    raise GraphError(
+        "The model imports no version of the ONNX operator set.",
+        "Its operators have no defined meaning.",
+        "Export it again with a current exporter.",
+    )
+
+
+def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return ``model``, converted to the oldest opset our functions are written for if it is older.
+
+    Raises:
+        GraphError: ONNX's version converter cannot convert it.
+    """
+    if opset_of(model) >= MINIMUM_OPSET:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, MINIMUM_OPSET)
+    except (RuntimeError, ValueError) as exc:
+        raise GraphError(
+            f"The model uses opset {opset_of(model)} and cannot be converted to {MINIMUM_OPSET}.",
+            f"ONNX's converter says: {str(exc).strip()}.",
+            f"Export it again with opset {MINIMUM_OPSET} or newer.",
+        ) from exc
+
+
+def declare(model: onnx.ModelProto) -> None:
+    """Add to ``model``, in place, the functions its ``hydra`` nodes use and the domain's import."""
+    opset = opset_of(model)
+    used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    kept = [f for f in model.functions if f.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(kept)
+    for name in sorted(used):
+        text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{_SOURCES[name]}'
+        model.functions.append(onnx.parser.parse_function(text))
+    imports = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    if used:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+        # IR version 8 is the first that has local functions.
+        model.ir_version = max(model.ir_version, 8)
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return ``model`` with every local function replaced by its body."""
+    if not model.functions:
+        return model
+    return onnx.inliner.inline_local_functions(model)

@@ -1,0 +1,86 @@
+"""`GroupedMatMul` and `QuantizedGroupedMatMul`: one layer of all M heads at once.
+
+    GroupedMatMul           y[m] = x[m] @ weight[m] + bias[m]
+    QuantizedGroupedMatMul  y[m] = (q(x[m]) @ weight[m]) * x_scale[m] * weight_scale[m] + bias[m]
+                            q(x) = clip(round_half_even(x / x_scale), -128, 127)
+
+    x             [B, K] shared by all heads, or [M, B, K]
+    weight        [M, K, N]   float, or int8 with zero point 0
+    bias          [M, 1, N]
+    weight_scale  [M, 1, N]   per head and output column
+    x_scale       [] for all heads, or [M, 1, 1]
+    y             [M, B, N]
+
+A 2-D ``x`` broadcasts against ``weight``, so the bodies need no case for it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+FUNCTIONS = {
+    "GroupedMatMul": """
+GroupedMatMul (x, weight, bias) => (y)
+{
+    product = MatMul (x, weight)
+    y = Add (product, bias)
+}
+""",
+    "QuantizedGroupedMatMul": """
+QuantizedGroupedMatMul (x, weight, bias, weight_scale, x_scale) => (y)
+{
+    low = Constant <value: tensor = float {-128.0}> ()
+    high = Constant <value: tensor = float {127.0}> ()
+    scaled = Div (x, x_scale)
+    rounded = Round (scaled)
+    x_int = Clip (rounded, low, high)
+    weight_int = Cast <to: int = 1> (weight)
+    accumulator = MatMul (x_int, weight_int)
+    scale = Mul (x_scale, weight_scale)
+    product = Mul (accumulator, scale)
+    y = Add (product, bias)
+}
+""",
+}
+
+
+def reference(
+    x: npt.ArrayLike, weight: npt.ArrayLike, bias: npt.ArrayLike
+) -> npt.NDArray[np.float64]:
+    """`GroupedMatMul` in numpy float64; shapes as in the module's docstring."""
+    return np.asarray(np.asarray(x, np.float64) @ np.asarray(weight, np.float64) + bias)
+
+
+def reference_quantized(
+    x: npt.ArrayLike,
+    weight: npt.NDArray[np.int8],
+    bias: npt.ArrayLike,
+    weight_scale: npt.ArrayLike,
+    x_scale: npt.ArrayLike,
+) -> npt.NDArray[np.float64]:
+    """`QuantizedGroupedMatMul` in numpy float64; shapes as in the module's docstring.
+
+    The division is done in float32, as the kernels and runtimes do it: a value that lies halfway
+    between two integers there must round the same way here.
+    """
+    scaled = np.asarray(x, np.float32) / np.asarray(x_scale, np.float32)
+    x_int = np.clip(np.rint(scaled), -128, 127).astype(np.int64)
+    scale = np.asarray(x_scale, np.float64) * np.asarray(weight_scale, np.float64)
+    return np.asarray((x_int @ weight.astype(np.int64)) * scale + bias)
+
+
+def quantize_weight(
+    weight: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Symmetric int8, one scale per head and output column.
+
+    Args:
+        weight: ``[M, K, N]``.
+
+    Returns:
+        int8 ``[M, K, N]`` and its scale ``[M, 1, N]``; all-zero columns get scale 1.
+    """
+    peak = np.abs(weight).max(1, keepdims=True)
+    scale = np.where(peak > 0, peak / 127.0, 1.0).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale

@@ -1,0 +1,72 @@
+"""Into and out of ONNX GraphSurgeon, keeping everything it would lose on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.shape_inference
+import onnx_graphsurgeon as gs
+
+from hydra_edge import ops
+
+
+def open_model(model: onnx.ModelProto) -> gs.Graph:
+    """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as initializers."""
+    model = ops.upgrade(model)
+    try:
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        pass  # shapes already in the file are enough for most graphs; passes check what they need
+    graph = gs.import_onnx(model)
+    _constants_to_tensors(graph)
+    return graph
+
+
+def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
+    """Turn ``graph`` back into a model with the producer and metadata of ``like``."""
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    model = gs.export_onnx(graph, do_type_check=False)
+    ops.declare(model)
+    model.ir_version = max(model.ir_version, 8)
+    model.producer_name, model.producer_version = like.producer_name, like.producer_version
+    del model.metadata_props[:]
+    model.metadata_props.extend(like.metadata_props)
+    return model
+
+
+def fresh_name(graph: gs.Graph, stem: str) -> str:
+    """A tensor and node name starting with ``stem`` that ``graph`` does not use yet."""
+    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    index = 0
+    while f"{stem}_{index}" in taken:
+        index += 1
+    return f"{stem}_{index}"
+
+
+def _constants_to_tensors(graph: gs.Graph) -> None:
+    """Replace Constant nodes by constant tensors, so that passes see one kind of weight."""
+    for node in list(graph.nodes):
+        if node.op != "Constant" or len(node.outputs) != 1:
+            continue
+        value = _constant_value(node)
+        if value is None:
+            continue
+        output = node.outputs[0]
+        node.outputs.clear()
+        if output in graph.outputs:  # a graph output must stay a variable that a node writes
+            node.outputs.append(output)
+            continue
+        output.to_constant(value)
+
+
+def _constant_value(node: gs.Node) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
+    for name, dtype in (
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+    ):
+        if name in node.attrs:
+            return np.asarray(node.attrs[name], dtype)
+    value = node.attrs.get("value")
+    return np.asarray(value.values) if isinstance(value, gs.Tensor) else None
