@@ -1,9 +1,9 @@
-"""Finds M isomorphic branches that leave one tensor and meet again: heads, by structure, never by name.
+"""Finds M isomorphic branches that leave one tensor and meet again: heads, by structure alone.
 
 The M tensors that meet are walked backwards in lockstep. Where all M are one tensor, the branches
 leave it; where all M are constants of one shape, they are weights; where all M come from nodes that
-agree in operator and attributes, the walk goes on through their inputs. Anything else ends it with a
-reason. The result is one tree for all M branches, found in time linear in M.
+agree in operator and attributes, the walk goes on through their inputs. Anything else ends it with
+a reason. The result is one tree for all M branches, found in time linear in M.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Branches:
         return ""
 
 
-class _Mismatch(Exception):
+class _MismatchError(Exception):
     pass
 
 
@@ -112,7 +112,7 @@ def find(graph: gs.Graph) -> list[Branches]:
 
 
 def head_nodes(graph: gs.Graph) -> set[str]:
-    """Names of all nodes that lie in parallel branches, i.e. in heads, and of those that join them."""
+    """Names of all nodes that lie in parallel branches, i.e. in heads, and that join them."""
     return {
         str(node.name)
         for branches in find(graph)
@@ -124,7 +124,7 @@ def head_nodes(graph: gs.Graph) -> set[str]:
 def _examine(graph: gs.Graph, join: Join) -> Branches | None:
     try:
         value, steps = _align(join.tensors)
-    except _Mismatch as exc:
+    except _MismatchError as exc:
         return Branches(join, None, problem=str(exc))
     if not isinstance(value, Step) or not any(step.op in MATMULS for step in steps):
         return None
@@ -218,20 +218,22 @@ def _matching_nodes(tensors: tuple[gs.Tensor, ...]) -> tuple[gs.Node, ...]:
     """The nodes that compute ``tensors``, all of one operator with the same attributes."""
     for index, tensor in enumerate(tensors):
         if not tensor.inputs:
-            raise _Mismatch(f"branch {index} starts at the graph input '{tensor.name}'")
+            raise _MismatchError(f"branch {index} starts at the graph input '{tensor.name}'")
     nodes = tuple(tensor.inputs[0] for tensor in tensors)
     lead = nodes[0]
     for index, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
         if (node.op, node.domain) != (lead.op, lead.domain):
-            raise _Mismatch(f"branch {index} has {node.op} where branch 0 has {lead.op}")
+            raise _MismatchError(f"branch {index} has {node.op} where branch 0 has {lead.op}")
         if not _same_attributes(node, lead):
-            raise _Mismatch(f"branch {index} has a {node.op} with other attributes than branch 0")
+            raise _MismatchError(
+                f"branch {index} has a {node.op} with other attributes than branch 0"
+            )
         if len(node.inputs) != len(lead.inputs):
-            raise _Mismatch(f"branch {index} has a {node.op} with other inputs than branch 0")
+            raise _MismatchError(f"branch {index} has a {node.op} with other inputs than branch 0")
         if _position(node, tensor) != _position(lead, tensors[0]):
-            raise _Mismatch(f"branch {index} uses another output of {node.op} than branch 0")
+            raise _MismatchError(f"branch {index} uses another output of {node.op} than branch 0")
     if len({id(node) for node in nodes}) < len(nodes):
-        raise _Mismatch(f"two branches share one {lead.op}")
+        raise _MismatchError(f"two branches share one {lead.op}")
     return nodes
 
 
@@ -242,7 +244,7 @@ def _matching_inputs(nodes: tuple[gs.Node, ...]) -> list[tuple[gs.Tensor, ...]]:
         group = tuple(node.inputs[position] for node in nodes)
         absent = [tensor.is_empty() for tensor in group]
         if any(absent) and not all(absent):
-            raise _Mismatch(f"some branches leave out input {position} of {nodes[0].op}")
+            raise _MismatchError(f"some branches leave out input {position} of {nodes[0].op}")
         groups.append(() if all(absent) else group)
     return groups
 
@@ -251,9 +253,11 @@ def _align_constants(tensors: tuple[gs.Tensor, ...]) -> Weights:
     constants = []
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, gs.Constant):
-            raise _Mismatch(f"branch {index} computes a value that is a constant in another branch")
+            raise _MismatchError(
+                f"branch {index} computes a value that is a constant in another branch"
+            )
         if tuple(tensor.shape) != tuple(tensors[0].shape) or tensor.dtype != tensors[0].dtype:
-            raise _Mismatch(
+            raise _MismatchError(
                 f"branch {index} has a weight {list(tensor.shape)} {tensor.dtype} where branch 0 "
                 f"has {list(tensors[0].shape)} {tensors[0].dtype}"
             )

@@ -166,7 +166,7 @@ def _time(
     backend: Backend,
     options: CompileOptions,
 ) -> dict[str, float]:
-    """p50 in milliseconds per candidate at the best batch, in rounds so that all see the same noise."""
+    """p50 in ms per candidate at the best batch, in rounds so that all see the same noise."""
     feeds = equivalence.random_inputs(inputs, batch=options.batch[1])
     runners = {name: backend.open(data, options.threads) for name, data in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in runners}

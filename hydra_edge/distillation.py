@@ -119,7 +119,7 @@ def distill(
     ensemble: Ensemble,
     student: Hydra,
     data: Data,
-    config: DistillationConfig = DistillationConfig(),  # noqa: B008 (frozen, so safe to share)
+    config: DistillationConfig = DistillationConfig(),
     *,
     augment: Augment | None = None,
     workdir: Path | str | None = None,
@@ -345,7 +345,7 @@ class _Run:
         size = 4 * math.prod(shape) * (shape[1] - done) // shape[1]
         if shutil.disk_usage(self.folder).free < size:
             raise DistillationError(
-                f"The teacher's outputs need {size / 2**20:.0f} MiB more in '{self.folder}'.",
+                f"The teacher's outputs need {size / 2**20:.1f} MiB more in '{self.folder}'.",
                 "The disk has less free space than that.",
                 "Choose another workdir, or set teacher='online'.",
             )
@@ -484,6 +484,12 @@ def _check_request(
             "Cached outputs belong to one fixed version of every sample.",
             "Set teacher='online', or remove the random transforms.",
         )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise InputError(
+            "The student has no trainable parameters.",
+            "There is nothing to distill into.",
+            "Set requires_grad on the parameters to train.",
+        )
     first, *others = map(_architecture, student.heads)
     for index, other in enumerate(others, 1):
         if other != first and config.epochs_mean and config.warmstart_heads:
@@ -503,21 +509,14 @@ def _check_outputs(
 ) -> torch.Size:
     """Run both once, so that what does not fit shows before hours of work; the teacher's shape."""
     x = tuple(part.to(device) for part in inputs.__getitems__(range(min(2, len(inputs)))))
-    outputs = []
-    for name, module in (("ensemble", ensemble), ("student", student.eval())):
-        try:
-            with torch.no_grad():
-                outputs.append(module(*x).float())
-        except HydraError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError) as exc:
-            shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in x)
-            raise InputError(
-                f"The {name} cannot run on the data: {exc}.",
-                f"The first batch has inputs {shapes}.",
-                "Give data of the shape and dtype that both models take.",
-            ) from exc
-    teacher, answer = outputs
+    teacher = _answer("ensemble", ensemble, x)
+    answer = _answer("student", student.eval(), x)
+    if teacher.ndim < 3:
+        raise InputError(
+            f"Members give {list(teacher.shape[1:])} for {len(x[0])} samples.",
+            "Every member needs a batch axis and an output axis: it needs [M, B, C] in all.",
+            "Keep the batch axis in the members' outputs.",
+        )
     if teacher.shape[1:] != answer.shape[1:]:
         raise InputError(
             f"Members give {list(teacher.shape[1:])} but heads give {list(answer.shape[1:])}.",
@@ -525,8 +524,23 @@ def _check_outputs(
             "Give the heads as many outputs as the members have.",
         )
     tasks.find(student.task).head_loss(answer, teacher[: len(answer)], temperature)
-    shape: torch.Size = teacher.shape
-    return shape
+    return teacher.shape
+
+
+def _answer(name: str, module: nn.Module, x: _Inputs) -> torch.Tensor:
+    try:
+        with torch.no_grad():
+            output: torch.Tensor = module(*x)
+    except HydraError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as exc:
+        shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in x)
+        raise InputError(
+            f"The {name} cannot run on the data: {exc}.",
+            f"The first batch has inputs {shapes}.",
+            "Give data of the shape and dtype that both models take.",
+        ) from exc
+    return output.float()
 
 
 def _accelerator(config: DistillationConfig) -> Any:

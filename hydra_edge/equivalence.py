@@ -13,17 +13,19 @@ from hydra_edge.backends import onnxruntime as backend
 
 Array = npt.NDArray[np.generic]
 
-# fp32 sums in another order differ by about 1e-6 of the largest term; 1e-4 leaves room for deep heads.
+# fp32 sums in another order differ by about 1e-6 of the largest term; 1e-4 leaves room for depth.
 FLOAT_TOLERANCE = 1e-4
-# With Q/DQ inside, a value that lies halfway between two integers may round either way, and the layer
-# behind it moves by one step of 127; averaged over a head this stays far below 2 %, while swapped
-# heads or a wrong scale do not.
+# With Q/DQ inside, a value that lies halfway between two integers may round either way, and the
+# layer behind it moves by one step of 127; averaged over a head this stays far below 2 %, while
+# swapped heads or a wrong scale do not.
 QUANTIZED_TOLERANCE = 2e-2
 # fp16 keeps 11 bits: 5e-4 relative per operation.
 HALF_TOLERANCE = 1e-2
 
 
-def random_inputs(specs: tuple[TensorSpec, ...], *, batch: int = 16, seed: int = 0) -> dict[str, Array]:
+def random_inputs(
+    specs: tuple[TensorSpec, ...], *, batch: int = 16, seed: int = 0
+) -> dict[str, Array]:
     """Inputs that fit ``specs``: normal floats, small integers, ``batch`` for every named axis."""
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
@@ -50,10 +52,10 @@ def tolerance_of(model: onnx.ModelProto) -> float:
 def difference(a: Array, b: Array) -> float:
     """Relative error of ``a`` against ``b``, RMS over RMS.
 
-    Tensors of three and more axes are measured per slice of axis 0, which is the head, and the worst
-    counts: one wrong head among many right ones is not averaged away. Slices far quieter than the
-    whole are measured against 1e-3 of it. Shapes that differ and NaNs that do not match count as
-    infinitely far.
+    Tensors of three and more axes are measured per slice of axis 0, which is the head, and the
+    worst counts: one wrong head among many right ones is not averaged away. Slices far quieter than
+    the whole are measured against 1e-3 of it. Shapes that differ and NaNs that do not match count
+    as infinitely far.
     """
     if a.shape != b.shape:
         return float("inf")
@@ -82,11 +84,12 @@ def worst_difference(
         model: The model to judge.
         reference: What it must equal.
         feeds: Inputs for both.
-        logits: The per-head output, if known: then it alone is compared, because everything behind it
-            is the same summary op. Otherwise all floating-point outputs are.
+        logits: The per-head output, if known: then it alone is compared, because everything behind
+            it is the same summary op. Otherwise all floating-point outputs are.
     """
     names = [value.name for value in reference.graph.output]
-    expected = backend.evaluate(reference, feeds, [logits] if logits in names else names)
+    names = [logits] if logits is not None and logits in names else names
+    expected = backend.evaluate(reference, feeds, names)
     floating = {n: v for n, v in expected.items() if np.issubdtype(v.dtype, np.floating)}
     found = backend.evaluate(model, feeds, list(floating or expected))
     errors = {name: difference(found[name], expected[name]) for name in found}
@@ -106,6 +109,5 @@ def replay(runner: Runner, record: Golden) -> float:
     ] or list(record.outputs)
     found = runner.run(record.inputs, names)
     return max(
-        difference(array, record.outputs[name])
-        for name, array in zip(names, found, strict=True)
+        difference(array, record.outputs[name]) for name, array in zip(names, found, strict=True)
     )

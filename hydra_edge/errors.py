@@ -2,7 +2,7 @@
 
     HydraError                          1   anything below, caught at once
     ├── InputError (ValueError)         1   arrays or arguments that do not fit what was declared
-    ├── ArtifactError                   1   a file that is missing, damaged, tampered with or too new
+    ├── ArtifactError                   1   a file that is missing, damaged, changed or too new
     ├── GraphError                      1   a model the stage at hand cannot take
     │   ├── ExportError                 1   torch could not be turned into ONNX
     │   ├── QuantizationError           1   calibration or Q/DQ insertion failed

@@ -1,4 +1,4 @@
-"""`export` and `merge`: torch modules, or M ONNX files, become one `Graph` with its uncertainty in it."""
+"""`export` and `merge`: torch modules, or M ONNX files, become one `Graph` with its uncertainty."""
 
 from __future__ import annotations
 
@@ -119,9 +119,7 @@ def merge(
         rows.append(row)
     shape = [len(members), *outputs[0].shape]
     stacked = gs.Variable(LOGITS, dtype=np.dtype(outputs[0].dtype), shape=shape)
-    surgeon.nodes.append(
-        gs.Node("Concat", "stack", {"axis": 0}, inputs=rows, outputs=[stacked])
-    )
+    surgeon.nodes.append(gs.Node("Concat", "stack", {"axis": 0}, inputs=rows, outputs=[stacked]))
     surgeon.outputs = [stacked]
     model = surgery.close_model(surgeon, like=first.model)
     known = tuple(labels) or first.metadata.labels
@@ -313,7 +311,7 @@ def _check_member(
 def _renamed(
     member: Graph, index: int, inputs: tuple[TensorSpec, ...], logits: str, opset: int
 ) -> onnx.ModelProto:
-    """A member with all names prefixed but its inputs, which it shares; only its logits leave it."""
+    """A member, all names prefixed but its inputs, which it shares; only its logits leave it."""
     model = ops.inline(ops.upgrade(member.model))
     if ops.opset_of(model) != opset:
         model = onnx.version_converter.convert_version(model, opset)

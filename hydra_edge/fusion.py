@@ -1,7 +1,7 @@
 """`fuse`: M isomorphic branches become one branch of stacked ops.
 
-`branches` finds them, `stacking` knows how each operator acts on M branches at once; here the result
-takes the place of the branches, and is compared with its source before it is returned.
+`branches` finds them, `stacking` knows how each operator acts on M branches at once; here the
+result takes the place of the branches, and is compared with its source before it is returned.
 """
 
 from __future__ import annotations

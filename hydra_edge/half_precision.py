@@ -14,9 +14,9 @@ from hydra_edge import ops, surgery
 from hydra_edge.errors import QuantizationError
 
 # Operators whose float operands or results have a fixed type or carry sizes rather than values.
-_STAYS = frozenset(
-    "Cast CastLike ConstantOfShape DequantizeLinear If Loop NonMaxSuppression QuantizeLinear RandomNormal "
-    "RandomUniform Range Resize Scan Upsample".split()
+_STAYS = (
+    "Cast CastLike ConstantOfShape DequantizeLinear If Loop NonMaxSuppression QuantizeLinear "
+    "RandomNormal RandomUniform Range Resize Scan Upsample"
 )
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -31,7 +31,7 @@ def to_fp16(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
     chosen = [
         node
         for node in graph.nodes
-        if node.name in names and node.op not in _STAYS and node.domain != ops.DOMAIN
+        if node.name in names and node.op not in _STAYS.split() and node.domain != ops.DOMAIN
     ]
     casts = _Casts(graph)
     for node in chosen:

@@ -1,9 +1,9 @@
 """Two exact rewrites that let an integer runtime see integer convolutions and matmuls.
 
 ONNX Runtime runs a convolution in int8 only where QuantizeLinear stands directly behind it, and its
-fast x86 kernels take unsigned activations. Our canonical graphs have neither (TensorRT wants Q/DQ in
-front of operators, and signed), so the lowering moves one and shifts the other; the integers that
-are multiplied stay the same.
+fast x86 kernels take unsigned activations. Our canonical graphs have neither (TensorRT wants Q/DQ
+in front of operators, and signed), so the lowering moves one and shifts the other; the integers
+that are multiplied stay the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 # Quantization is monotone and maps 0 to 0, so it commutes exactly with these.
-_COMMUTES = frozenset({"MaxPool", "Relu", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
+_COMMUTES = frozenset(
+    {"MaxPool", "Relu", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"}
+)
 # What may lie between Q and DQ without looking at the zero point; Clip is ours, see `_rebuild`.
 _CARRIES = frozenset({"MaxPool", "Clip", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
 
@@ -38,9 +40,7 @@ def hoist_quantize(graph: gs.Graph) -> None:
         _rebuild(graph, quantize, tensor, path[::-1])
 
 
-def _rebuild(
-    graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]
-) -> None:
+def _rebuild(graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]) -> None:
     parameters = quantize.inputs[1:]
     stem = f"{quantize.name or quantize.outputs[0].name}/hoisted"
     current = gs.Variable(f"{stem}_0", dtype=np.int8, shape=start.shape)
@@ -67,7 +67,10 @@ def _is_symmetric_int8(quantize: gs.Node) -> bool:
         return False
     scale, zero_point = quantize.inputs[1:3]
     return (
-        all(isinstance(tensor, gs.Constant) and tensor.values.size == 1 for tensor in (scale, zero_point))
+        all(
+            isinstance(tensor, gs.Constant) and tensor.values.size == 1
+            for tensor in (scale, zero_point)
+        )
         and zero_point.values.dtype == np.int8
         and not np.any(zero_point.values)
     )

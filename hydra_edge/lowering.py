@@ -3,7 +3,7 @@
 Three ways to run grouped heads without a kernel of our own; `compile` times them and keeps one.
 
     grouped   every layer one batched MatMul over M
-    wide      a first layer, whose input all heads share, is one dense [K, M·N] matmul; the rest grouped
+    wide      a first layer, whose input all heads share, is one dense [K, M·N] matmul; then grouped
     separate  M small matmuls per layer, as before fusion: some runtimes prepack only those
 
 Integer matmuls stay integer in all three; `integer_path` does the same for convolutions.
@@ -21,11 +21,11 @@ from hydra_edge.errors import InputError
 
 Array = npt.NDArray[np.generic]
 LOWERINGS = ("grouped", "wide", "separate")
-# Ops that act alike on every head, and on a stack of heads: "separate" carries M tensors through them.
-_ELEMENTWISE = frozenset(
-    "Abs Add Cast Ceil Celu Clip Cos Div Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu "
-    "Log Max Min Mish Mul Neg Pow Reciprocal Relu Round Selu Sigmoid Sin Softplus Softsign Sqrt Sub "
-    "Tanh ThresholdedRelu".split()
+# Ops that act alike on every head and on a stack of them: "separate" carries M tensors through.
+_ELEMENTWISE = (
+    "Abs Add Cast Ceil Celu Clip Cos Div Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
+    "LeakyRelu Log Max Min Mish Mul Neg Pow Reciprocal Relu Round Selu Sigmoid Sin Softplus "
+    "Softsign Sqrt Sub Tanh ThresholdedRelu"
 )
 
 
@@ -104,7 +104,9 @@ class _Emitter:
         """Integer matmul batched over M, scaled afterwards."""
         x, weight, bias, weight_scale, x_scale = node.inputs
         if x_scale.values.size > 1 and len(x.shape) == 2:
-            x = self.op("Expand", [x, self.constant(np.asarray([len(weight.values), 1, 1]))], x.dtype)
+            x = self.op(
+                "Expand", [x, self.constant(np.asarray([len(weight.values), 1, 1]))], x.dtype
+            )
         scale = self.constant(x_scale.values * weight_scale.values)
         scaled = self.int8_matmul(self.quantized(x, x_scale), weight, scale)
         self.finish(node, "Add", [scaled, bias])
@@ -147,7 +149,7 @@ class _Emitter:
 
     def can_separate(self, node: gs.Node) -> bool:
         """Whether ``node`` only passes separated heads on."""
-        if node.op not in _ELEMENTWISE or node.domain:
+        if node.op not in _ELEMENTWISE.split() or node.domain:
             return False
         separated = [tensor for tensor in node.inputs if tensor.name in self.parts]
         others = [tensor for tensor in node.inputs if tensor.name not in self.parts]

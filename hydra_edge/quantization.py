@@ -1,9 +1,9 @@
 """`quantize`: explicit precision in the graph, before fusion.
 
 int8 is symmetric W8A8: one scale per activation tensor, one per output channel of each weight, zero
-point 0. Q/DQ stand only in front of Conv, Gemm, MatMul and average pooling, never behind them: that is
-what TensorRT fuses best, and lowerings for other runtimes can move them. Softmax and entropies stay
-fp32, because mutual information is a small difference of large terms.
+point 0. Q/DQ stand only in front of Conv, Gemm, MatMul and average pooling, never behind them: that
+is what TensorRT fuses best, and lowerings for other runtimes can move them. Softmax and entropies
+stay fp32, because mutual information is a small difference of large terms.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from onnxruntime.quantization import (
 from rich.progress import Progress
 
 from hydra_edge import branches, ops, surgery
-from hydra_edge.artifacts.arrays import check_arrays, inputs_among, load_arrays, to_numpy
+from hydra_edge.artifacts.arrays import check_arrays, load_dataset, to_numpy
 from hydra_edge.artifacts.graph import Graph, TensorSpec
 from hydra_edge.errors import InputError, QuantizationError
 from hydra_edge.half_precision import to_fp16
 
 Array = npt.NDArray[np.generic]
-Calibration = str | Path | Array | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Array]]
+Calibration = (
+    str | Path | Array | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Array]]
+)
 
 PRECISIONS = ("fp32", "fp16", "int8")
 _METHODS = {
@@ -197,7 +199,9 @@ class _Summary:
         tensors = graph.tensors()
 
         def inner(tensor: gs.Tensor) -> gs.Tensor:
-            return tensors.setdefault(tensor.name, gs.Variable(tensor.name, tensor.dtype, tensor.shape))
+            return tensors.setdefault(
+                tensor.name, gs.Variable(tensor.name, tensor.dtype, tensor.shape)
+            )
 
         for node in self.nodes:
             graph.nodes.append(
@@ -393,7 +397,7 @@ def _mappings(
     calibration: Calibration, specs: tuple[TensorSpec, ...]
 ) -> Iterator[Mapping[str, Array]]:
     if isinstance(calibration, str | Path):
-        calibration = inputs_among(load_arrays(calibration), specs)
+        calibration, _ = load_dataset(calibration, specs)
     if isinstance(calibration, np.ndarray):
         yield {specs[0].name: calibration}
     elif isinstance(calibration, Mapping):

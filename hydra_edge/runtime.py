@@ -70,15 +70,13 @@ class Session:
         """Outputs of the main program."""
         return self._find(MAIN).program.outputs
 
-    def run(
-        self, inputs: object, *, head_logits: bool = False, program: str = MAIN
-    ) -> Prediction:
+    def run(self, inputs: object, *, head_logits: bool = False, program: str = MAIN) -> Prediction:
         """Predict.
 
         Args:
-            inputs: The input as an array (numpy, torch or any DLPack array on the CPU), or a mapping
-                of input names to arrays. Axis 0 is the batch; a batch above the engine's maximum is
-                split, one below its minimum is padded.
+            inputs: The input as an array (numpy, torch or any DLPack array on the CPU), or a
+                mapping of input names to arrays. Axis 0 is the batch; a batch above the engine's
+                maximum is split, one below its minimum is padded.
             head_logits: Return every head's raw output ``[M, B, C]`` too.
             program: Which program of the engine to run.
 
@@ -198,9 +196,7 @@ class _LiveProgram:
         self.program = program
         self.runner = runner
         self._single = program.inputs[0] if len(program.inputs) == 1 else None
-        self._names = [
-            spec.name for spec in program.outputs if spec.name not in program.optional
-        ]
+        self._names = [spec.name for spec in program.outputs if spec.name not in program.optional]
         self._all_names = [spec.name for spec in program.outputs]
         self._axes = {spec.name: self._batch_axis(spec) for spec in program.outputs}
 
@@ -227,9 +223,7 @@ class _LiveProgram:
             for name in names
         }
 
-    def _run_part(
-        self, feeds: Mapping[str, Array], names: list[str], low: int
-    ) -> dict[str, Array]:
+    def _run_part(self, feeds: Mapping[str, Array], names: list[str], low: int) -> dict[str, Array]:
         """One part of a split batch; a short one is padded with its last sample."""
         size = len(next(iter(feeds.values())))
         if size < low:
@@ -269,7 +263,9 @@ class _LiveProgram:
         return output.shape.index(batch) if isinstance(batch, str) and batch in output.shape else 0
 
 
-def require_same_inputs(sessions: Mapping[str, Session | EnsembleSession]) -> tuple[TensorSpec, ...]:
+def require_same_inputs(
+    sessions: Mapping[str, Session | EnsembleSession],
+) -> tuple[TensorSpec, ...]:
     """The inputs all sessions share.
 
     Raises:

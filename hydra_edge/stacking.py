@@ -1,8 +1,8 @@
 """How each operator acts on tensors with a new leading axis M: one rule per operator.
 
-A rule receives the M equal nodes of one `branches.Step` and emits nodes for all of them at once. The
-rank of a tensor counts the axes of one branch, so the stacked tensor has one more. Every step is
-emitted in order, also those that a later rule absorbs (Q/DQ around a matmul, a MatMul before its
+A rule receives the M equal nodes of one `branches.Step` and emits nodes for all of them at once.
+The rank of a tensor counts the axes of one branch, so the stacked tensor has one more. Every step
+is emitted in order, also those that a later rule absorbs (Q/DQ around a matmul, a MatMul before its
 bias); GraphSurgeon's cleanup drops what nothing reads in the end.
 """
 
@@ -53,18 +53,22 @@ class Stacker:
             UnsupportedError: Some operator of the branches has no stacked form here.
         """
         for step in self.candidate.steps:
-            try:
-                rule = RULES.get(step.op) if not step.nodes[0].domain else None
-                if rule is None:
-                    raise UnsupportedError(f"{step.op} has no stacked form")
-                self._done[id(step)] = rule(self, step)
-            except UnsupportedError as exc:  # matters only if a later rule reads it
-                self._done[id(step)] = exc
+            self._done[id(step)] = self._apply(step)
         assert self.candidate.value is not None
         value = self.emitted(self.candidate.value)
         if not value.stacked:
             raise UnsupportedError("all branches compute the same value")
         return value
+
+    def _apply(self, step: Step) -> Emitted | UnsupportedError:
+        """What a rule emits, or why it cannot, which matters only if a later rule reads it."""
+        rule = RULES.get(step.op) if not step.nodes[0].domain else None
+        if rule is None:
+            return UnsupportedError(f"{step.op} has no stacked form")
+        try:
+            return rule(self, step)
+        except UnsupportedError as exc:
+            return exc
 
     def emitted(self, value: Value | None) -> Emitted:
         """The stacked form of an operand."""
@@ -257,7 +261,7 @@ def _dequantize(stacker: Stacker, step: Step) -> Emitted:
 def quantized_constant(
     step: Step, heads: int
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """int8 values ``[M, ...]`` of ``DequantizeLinear(constant)`` and their scale, made to broadcast."""
+    """int8 ``[M, ...]`` of ``DequantizeLinear(constant)`` and their scale, made to broadcast."""
     weight = np.stack(constants(step.inputs[0], heads))
     scale = np.stack(constants(step.inputs[1], heads)).astype(np.float32)
     if weight.dtype != np.int8:
@@ -274,9 +278,9 @@ def quantized_constant(
 
 
 def _require_zero_points(step: Step, heads: int) -> None:
-    if len(step.inputs) > 2 and step.inputs[2] is not None:
-        if any(np.any(array) for array in constants(step.inputs[2], heads)):
-            raise UnsupportedError(f"{step.op} has a zero point other than 0")
+    given = step.inputs[2] if len(step.inputs) > 2 else None
+    if given is not None and any(np.any(array) for array in constants(given, heads)):
+        raise UnsupportedError(f"{step.op} has a zero point other than 0")
 
 
 def _gemm(stacker: Stacker, step: Step) -> Emitted:
@@ -293,7 +297,7 @@ def _matmul(stacker: Stacker, step: Step) -> Emitted:
 
 
 def _matmul_bias(stacker: Stacker, step: Step) -> Emitted | None:
-    """Add behind MatMul, when the sum is a bias per output column; None when it is something else."""
+    """Add behind MatMul, when it adds a bias per output column; None when it is something else."""
     for product, bias in (step.inputs, step.inputs[::-1]):
         if isinstance(product, Step) and product.op == "MatMul" and is_constant(bias):
             array = constants(bias, stacker.heads)[0]
@@ -320,8 +324,9 @@ def _matmul_of(
     if bias is not None:
         arrays = constants(bias, stacker.heads)
         try:
-            offset = offset + beta * np.stack([a.reshape(-1, a.shape[-1]) if a.ndim else
-                                               a.reshape(1, 1) for a in arrays])
+            offset = offset + beta * np.stack(
+                [a.reshape(-1, a.shape[-1]) if a.ndim else a.reshape(1, 1) for a in arrays]
+            )
         except ValueError as exc:
             raise UnsupportedError(f"{product.op} has a bias that is no row of columns") from exc
         if offset.shape[1] != 1:
@@ -372,9 +377,14 @@ def _quantized_input(stacker: Stacker, x: Value | None) -> tuple[Emitted, npt.ND
 def _shared_quantized_input(tensor: gs.Tensor) -> tuple[Emitted, npt.NDArray[np.float32]]:
     back = tensor.inputs[0] if tensor.inputs else None
     quantize = back.inputs[0].inputs[0] if back is not None and back.inputs[0].inputs else None
-    if back is None or quantize is None or (quantize.op, back.op) != (
-        "QuantizeLinear",
-        "DequantizeLinear",
+    if (
+        back is None
+        or quantize is None
+        or (quantize.op, back.op)
+        != (
+            "QuantizeLinear",
+            "DequantizeLinear",
+        )
     ):
         raise UnsupportedError("weights are quantized but the activations are not")
     _require_int8(back.inputs[0])
@@ -398,8 +408,9 @@ def _require_int8(tensor: gs.Tensor) -> None:
 
 
 _UNARY = (
-    "Abs Cast Ceil Celu Clip Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log "
-    "Mish Neg Reciprocal Relu Round Selu Sigmoid Sin Softplus Softsign Sqrt Tanh ThresholdedRelu"
+    "Abs Cast Ceil Celu Clip Cos Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu "
+    "Log Mish Neg Reciprocal Relu Round Selu Sigmoid Sin Softplus Softsign Sqrt Tanh "
+    "ThresholdedRelu"
 )
 _BINARY = "Add Sub Mul Div Pow Min Max"
 RULES: Mapping[str, Callable[[Stacker, Step], Emitted]] = {

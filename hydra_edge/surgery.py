@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import onnx
 import onnx.shape_inference
@@ -11,12 +13,11 @@ from hydra_edge import ops
 
 
 def open_model(model: onnx.ModelProto) -> gs.Graph:
-    """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as initializers."""
+    """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as tensors."""
     model = ops.upgrade(model)
-    try:
+    # Shapes already in the file are enough for most graphs; passes check what they need.
+    with contextlib.suppress(onnx.shape_inference.InferenceError):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except onnx.shape_inference.InferenceError:
-        pass  # shapes already in the file are enough for most graphs; passes check what they need
     graph = gs.import_onnx(model)
     _constants_to_tensors(graph)
     return graph
@@ -25,7 +26,7 @@ def open_model(model: onnx.ModelProto) -> gs.Graph:
 def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn ``graph`` back into a model with the producer and metadata of ``like``."""
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    model = gs.export_onnx(graph, do_type_check=False)
+    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     ops.declare(model)
     model.ir_version = max(model.ir_version, 8)
     model.producer_name, model.producer_version = like.producer_name, like.producer_version

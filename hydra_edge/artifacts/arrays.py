@@ -1,4 +1,4 @@
-"""Arrays that users hand in: from files and from other libraries, checked against what is declared."""
+"""Arrays that users hand in, from files or other libraries, checked against what is declared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[np.generic]
 
 
 def load_arrays(path: str | Path) -> dict[str, Array]:
-    """Read ``.npz`` (arrays by name) or ``.npy`` (one array, under the name ``""``); never a pickle.
+    """Read ``.npz`` (arrays by name) or ``.npy`` (one array, named ``""``); never a pickle.
 
     Raises:
         ArtifactError: It is missing, another format, or holds pickled objects.
@@ -37,16 +37,23 @@ def load_arrays(path: str | Path) -> dict[str, Array]:
         ) from exc
 
 
-def inputs_among(arrays: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
-    """The arrays of a file that are inputs; a file with one array, whatever its name, is the input.
+def load_dataset(
+    path: str | Path, specs: tuple[TensorSpec, ...]
+) -> tuple[dict[str, Array], Array | None]:
+    """Read inputs, and labels if there are any, from ``.npz`` or ``.npy``.
 
-    Other arrays (labels, other splits) are left out, and what is missing is reported by
-    `check_arrays`.
+    Labels are the array called ``labels``. If there is one input and one other array, that is it,
+    whatever its name; otherwise inputs go by name and other arrays are left out.
+
+    Raises:
+        ArtifactError: The file cannot be read.
     """
-    if len(specs) == 1 and len(arrays) == 1:
-        return {specs[0].name: next(iter(arrays.values()))}
+    arrays = load_arrays(path)
+    labels = arrays.pop("labels", None)
     names = {spec.name for spec in specs}
-    return {name: array for name, array in arrays.items() if name in names}
+    if len(specs) == 1 and len(arrays) == 1:
+        return {specs[0].name: next(iter(arrays.values()))}, labels
+    return {name: array for name, array in arrays.items() if name in names}, labels
 
 
 def to_numpy(value: object, name: str) -> Array:
@@ -60,7 +67,7 @@ def to_numpy(value: object, name: str) -> Array:
     try:
         if hasattr(value, "__dlpack__"):
             try:
-                array: Array = np.from_dlpack(value)  # type: ignore[arg-type]
+                array: Array = np.from_dlpack(value)
             except (AttributeError, TypeError):
                 array = np.asarray(value)
         else:
@@ -80,9 +87,7 @@ def to_numpy(value: object, name: str) -> Array:
     return array
 
 
-def check_arrays(
-    values: Mapping[str, Array], specs: tuple[TensorSpec, ...]
-) -> dict[str, Array]:
+def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """Check that ``values`` are exactly the declared inputs.
 
     Returns:

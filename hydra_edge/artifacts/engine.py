@@ -1,9 +1,9 @@
-"""`Engine`: compiled programs, the graphs they came from, and proof that they still work, in one file.
+"""`Engine`: compiled programs, their graphs, and proof that they still work, in one file.
 
-A ``.hydra`` file is a zip whose members are all stored uncompressed, so its size on disk bounds what
-reading it can cost. Nothing is ever extracted to disk or unpickled.
+A ``.hydra`` file is a zip whose members are all stored uncompressed, so its size on disk bounds
+what reading it can cost. Nothing is ever extracted to disk or unpickled.
 
-    manifest.json                            everything but bytes, and the sha256 of every other member
+    manifest.json                            everything but bytes, and the sha256 of the others
     programs/<name>.bin                      what the backend loads
     graphs/<name>.onnx                       the canonical fused graph the program was lowered from
     golden/<name>/inputs/<tensor index>.npy  one recorded batch …

@@ -11,7 +11,7 @@ from hydra_edge.errors import ArtifactError
 
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
-    """Write ``data`` to ``path`` in one step: readers see the old file or the new one, never a part.
+    """Write ``data`` to ``path`` in one step: readers see the old file or the new, never a part.
 
     Returns:
         The path written.

@@ -1,7 +1,7 @@
 """`Graph`: an ONNX model plus what hydra-edge knows about it.
 
-On disk it is a plain ``.onnx`` file; our knowledge travels as JSON in ``metadata_props["hydra_edge"]``,
-so Netron, ONNX Runtime and Polygraphy open it as they open any other model.
+On disk it is a plain ``.onnx`` file; our knowledge travels as JSON in
+``metadata_props["hydra_edge"]``, so Netron, ONNX Runtime and Polygraphy open it like any model.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class Graph:
     def __str__(self) -> str:
         inputs = "; ".join(map(str, self.inputs))
         outputs = "; ".join(map(str, self.outputs))
-        return f"Graph({self.metadata.kind}, {len(self.model.graph.node)} nodes: {inputs} -> {outputs})"
+        nodes = len(self.model.graph.node)
+        return f"Graph({self.metadata.kind}, {nodes} nodes: {inputs} -> {outputs})"
 
     @cached_property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -181,7 +182,7 @@ class Graph:
         model.metadata_props.extend(kept)
         model.metadata_props.add(key=METADATA_KEY, value=self.metadata.to_json())
         try:
-            return model.SerializeToString(deterministic=True)
+            return bytes(model.SerializeToString(deterministic=True))
         except (ValueError, EncodeError) as exc:
             raise GraphError(
                 f"The graph cannot be serialized: {exc}.",
@@ -195,7 +196,7 @@ class Graph:
         return sha256(self.data)
 
     def derive(self, model: onnx.ModelProto, step: str, **changes: object) -> Graph:
-        """The graph that a stage returns: a new model, the old metadata, one more provenance step."""
+        """The graph a stage returns: a new model, the old metadata, one more provenance step."""
         metadata = replace(self.metadata, **changes)  # type: ignore[arg-type]
         return Graph(model, replace(metadata, provenance=(*metadata.provenance, step)))
 

@@ -67,7 +67,7 @@ def find(name: str) -> Backend:
         raise DeviceMismatchError(
             f"The engine needs the backend '{name}'.",
             f"This version of hydra-edge has: {', '.join(known)}.",
-            "Upgrade hydra-edge, or compile the engine for a target listed by `hydra-edge targets`.",
+            "Upgrade hydra-edge, or compile for a target listed by `hydra-edge targets`.",
         )
     backend: Backend = importlib.import_module(f"{__name__}.{name}")
     return backend

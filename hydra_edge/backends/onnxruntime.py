@@ -19,8 +19,8 @@ from hydra_edge.errors import CompilationError, InputError
 
 Array = npt.NDArray[np.generic]
 
-# What is worth timing here: see hydra_edge/lowering.py. Which one wins depends on the shapes, because
-# ONNX Runtime prepacks the weights of Gemm but not those of a batched MatMul.
+# What is worth timing here: see hydra_edge/lowering.py. Which one wins depends on the shapes,
+# because ONNX Runtime prepacks the weights of Gemm but not those of a batched MatMul.
 LOWERINGS = ("grouped", "wide", "separate")
 
 
@@ -64,8 +64,8 @@ class _Runner:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        # A finished run lets go of its cores: what runs next, be it the next member of an ensemble or
-        # the user's own code, does not compete with spinning workers.
+        # A finished run lets go of its cores: what runs next, be it the next member of an ensemble
+        # or the user's own code, does not compete with spinning workers.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.threads = threads or _default_threads()
         try:

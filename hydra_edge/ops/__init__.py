@@ -1,4 +1,4 @@
-"""The ONNX domain ``hydra``: each op is a local function of standard ops, so any runtime can run it."""
+"""The ONNX domain ``hydra``: each op is a local function of standard ops; any runtime runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def opset_of(model: onnx.ModelProto) -> int:
     """
     for entry in model.opset_import:
         if entry.domain in ("", "ai.onnx"):
-            return entry.version
+            return int(entry.version)
     raise GraphError(
         "The model imports no version of the ONNX operator set.",
         "Its operators have no defined meaning.",

@@ -49,7 +49,8 @@ def reference(
     x: npt.ArrayLike, weight: npt.ArrayLike, bias: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
     """`GroupedMatMul` in numpy float64; shapes as in the module's docstring."""
-    return np.asarray(np.asarray(x, np.float64) @ np.asarray(weight, np.float64) + bias)
+    product = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
+    return np.asarray(product + np.asarray(bias, np.float64))
 
 
 def reference_quantized(
@@ -67,7 +68,8 @@ def reference_quantized(
     scaled = np.asarray(x, np.float32) / np.asarray(x_scale, np.float32)
     x_int = np.clip(np.rint(scaled), -128, 127).astype(np.int64)
     scale = np.asarray(x_scale, np.float64) * np.asarray(weight_scale, np.float64)
-    return np.asarray((x_int @ weight.astype(np.int64)) * scale + bias)
+    product = (x_int @ weight.astype(np.int64)) * scale
+    return np.asarray(product + np.asarray(bias, np.float64))
 
 
 def quantize_weight(

@@ -1,0 +1,481 @@
+"""The command line: one verb per stage. Parses, calls, prints; every verb has its library call.
+
+Exit codes: 0 ok, 1 error, 2 usage, 3 accuracy or uncertainty gate failed, 4 engine does not fit this
+device, 5 performance gate failed, 6 something missing from the environment, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from hydra_edge.errors import HydraError, InputError, PerformanceGateError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hydra_edge.artifacts.engine import Engine
+    from hydra_edge.artifacts.graph import Graph
+    from hydra_edge.artifacts.report import Report
+    from hydra_edge.compilation import CompileOptions
+
+app = typer.Typer(
+    name="hydra-edge",
+    help="Uncertainty-aware models on the edge: fuse, quantize, compile, prove and serve Hydra students.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Verb = TypeVar("Verb", bound=Callable[..., None])
+INTERRUPTED = 130
+
+Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")]
+Batch = Annotated[str, typer.Option(help="Smallest, best and largest batch, e.g. 1,8,32.")]
+PrecisionText = Annotated[
+    str, typer.Option(help="fp32, fp16, int8, or parts: body=int8,heads=fp16.")
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option(help="Representative inputs (.npz or .npy), needed for int8.")
+]
+Method = Annotated[str, typer.Option("--method", help="minmax, entropy or percentile.")]
+DataFile = Annotated[Path, typer.Option(help="Inputs, and labels under 'labels' (.npz).")]
+
+
+def verb(function: Verb) -> Verb:
+    """Register a verb; deliberate errors become a message and an exit code, never a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            function(*args, **kwargs)
+        except HydraError as exc:
+            if kwargs.get("as_json"):
+                error = {"type": type(exc).__name__, "what": exc.what, "why": exc.why, "fix": exc.fix}
+                typer.echo(json.dumps({"error": error}))
+            typer.echo(f"error: {exc.what}\n  why: {exc.why}\n  fix: {exc.fix}", err=True)
+            raise typer.Exit(exc.exit_code) from exc
+        except KeyboardInterrupt as exc:
+            typer.echo("\ninterrupted: no file was half written; run the command again.", err=True)
+            raise typer.Exit(INTERRUPTED) from exc
+
+    app.command(name=function.__name__.rstrip("_"))(run)
+    return function
+
+
+@verb
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path(
+        "demo"
+    ),
+    as_json: JsonFlag = False,
+) -> None:
+    """Tell the whole story on real data: train, distil, fuse, quantize, compile, verify, compare."""
+    from hydra_edge.demo import run_demo
+
+    report = run_demo(output, console=_console())
+    if as_json:
+        typer.echo(report.to_json())
+
+
+@verb
+def export(
+    factory: Annotated[str, typer.Argument(help="pkg.module:function that returns the module.")],
+    example: Annotated[str, typer.Option(help="Input shape, e.g. 1x3x224x224; several with ','.")],
+    output: Output,
+    weights: Annotated[Path | None, typer.Option(help="A safetensors checkpoint.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn a torch module into an ONNX graph with its uncertainty in it."""
+    from hydra_edge.errors import require
+
+    torch = require("torch", "train")
+    from hydra_edge import ensembles, exporting
+
+    module = ensembles.load_factory(factory)
+    if weights is not None:
+        ensembles.load_weights(module, weights)
+    inputs = tuple(torch.zeros(shape) for shape in _shapes(example))
+    _saved(exporting.export(module, inputs), output, as_json)
+
+
+@verb
+def quantize(
+    graph: Path,
+    output: Output,
+    precision: PrecisionText = "int8",
+    calibration: CalibrationFile = None,
+    method: Method = "minmax",
+    as_json: JsonFlag = False,
+) -> None:
+    """Store and multiply body and heads in lower precision, explicitly in the graph."""
+    from hydra_edge import quantization
+    from hydra_edge.artifacts.graph import Graph
+
+    options = quantization.CalibrationOptions(method=method, progress=not as_json)
+    result = quantization.quantize(
+        Graph.load(graph), precision, calibration=calibration, options=options
+    )
+    _saved(result, output, as_json)
+
+
+@verb
+def fuse(graph: Path, output: Output, as_json: JsonFlag = False) -> None:
+    """Fuse parallel heads into grouped ops, and say what was fused and what not."""
+    from hydra_edge import fusion
+    from hydra_edge.artifacts.graph import Graph
+
+    _saved(fusion.fuse(Graph.load(graph)), output, as_json)
+
+
+@verb
+def merge(
+    members: list[Path],
+    output: Output,
+    task: Annotated[str, typer.Option(help="What the members are for.")] = "classification",
+    logits: Annotated[str | None, typer.Option(help="Name of the members' logits output.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Join M member files into one ensemble graph."""
+    from hydra_edge import exporting
+    from hydra_edge.artifacts.graph import Graph
+
+    graphs = [Graph.load(path) for path in members]
+    _saved(exporting.merge(graphs, task=task, logits=logits), output, as_json)
+
+
+@verb
+def compile_(
+    graph: Path,
+    output: Output,
+    target: Annotated[str, typer.Option(help="See `hydra-edge targets`.")] = "cpu",
+    precision: PrecisionText = "fp32",
+    calibration: CalibrationFile = None,
+    method: Method = "minmax",
+    batch: Batch = "1,8,32",
+    threads: Threads = None,
+    lowering: Annotated[str | None, typer.Option(help="Keep this one instead of timing all.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Inputs and labels to verify the engine on (.npz).")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Quantize (if asked), fuse, lower, build and verify: from an ONNX file to an engine."""
+    from hydra_edge import inspection, pipeline
+    from hydra_edge.artifacts.arrays import load_dataset
+    from hydra_edge.artifacts.graph import Graph
+    from hydra_edge.quantization import CalibrationOptions
+
+    console = _console()
+    source = Graph.load(graph)
+    inputs, labels = load_dataset(data, source.inputs) if data else (None, None)
+    engine = pipeline.build(
+        source,
+        target,
+        precision=precision,
+        calibration=calibration,
+        calibration_options=CalibrationOptions(method=method, progress=not as_json),
+        options=_compile_options(batch, threads, lowering),
+        data=inputs,
+        labels=labels,
+        on_step=lambda step: console.print(f"[dim]{step} …[/]"),
+    )
+    engine.save(output)
+    _print(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
+    if pipeline.pays(engine) is False and not as_json:
+        console.print(
+            f"[yellow]{engine.precision} does not pay here:[/] "
+            f"{engine.metrics['p50_ms']:.3f} ms against {engine.metrics['p50_ms_fp32_twin']:.3f} ms "
+            "in fp32. It is smaller, not faster."
+        )
+
+
+@verb
+def verify(
+    model: Annotated[Path, typer.Argument(help="An engine (.hydra) or a graph (.onnx).")],
+    against: Annotated[Path, typer.Option(help="The reference: .onnx or .hydra.")],
+    data: DataFile,
+    mi_correlation: Annotated[
+        float, typer.Option(help="Smallest rank correlation of the epistemic uncertainty.")
+    ] = 0.8,
+    accuracy_drop: Annotated[float, typer.Option(help="Largest loss of accuracy.")] = 0.01,
+    as_json: JsonFlag = False,
+) -> None:
+    """Check that a model still answers, and still doubts, like its reference (exit 3 if not)."""
+    from hydra_edge import verification
+    from hydra_edge.artifacts.arrays import load_dataset
+
+    gates = verification.Gates(mi_rank_correlation=mi_correlation, accuracy_drop=accuracy_drop)
+    left, right = _load_model(model), _load_model(against)
+    inputs, labels = load_dataset(data, left.inputs)
+    result = verification.verify(left, right, inputs, labels=labels, gates=gates)
+    _print(
+        {
+            "passed": result.passed,
+            "samples": result.samples,
+            **{f"{name}": value for name, value in result.metrics.items()},
+            **{f"reference {name}": value for name, value in result.reference_metrics.items()},
+            **result.drift,
+            "largest head error": max(result.head_errors, default=None),
+            "failures": list(result.failures),
+            "notes": list(result.notes),
+        },
+        as_json,
+        title=f"{model.name} against {against.name}",
+    )
+    result.require()
+
+
+@verb
+def bench(
+    engine: Path,
+    data: DataFile,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Baseline engines; the option may be repeated.")
+    ] = None,
+    shifted: Annotated[
+        list[str] | None, typer.Option(help="Out-of-distribution inputs: NAME=FILE.npz.")
+    ] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="Write .html, .md or .json; may be repeated.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes to time, e.g. 1,32.")] = "1,32",
+    threads: Threads = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Fail (exit 5) unless this much faster than every baseline.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure an engine, and its baselines under the same protocol."""
+    from hydra_edge import measurement, reporting, runtime
+    from hydra_edge.artifacts.arrays import load_arrays, load_dataset
+
+    paths = {path.stem: path for path in [engine, *(against or [])]}
+    if len(paths) != 1 + len(against or []):
+        raise InputError(
+            "Two engines have the same file name.",
+            "The report names engines by it.",
+            "Rename one of the files.",
+        )
+    for path in report or []:
+        _report_format(path)
+    sessions = {label: runtime.load(path, threads=threads) for label, path in paths.items()}
+    try:
+        specs = sessions[engine.stem].inputs
+        inputs, labels = load_dataset(data, specs)
+        sets = {}
+        for item in shifted or []:
+            name, _, file = item.partition("=")
+            if not file:
+                raise InputError(
+                    f"'{item}' names no file.", "--shifted takes NAME=FILE.", "Add '=FILE.npz'."
+                )
+            sets[name] = load_dataset(file, specs)[0]
+        result = measurement.benchmark(
+            sessions,
+            inputs,
+            labels=labels,
+            shifted=sets,
+            reference=next(iter(p.stem for p in against), None) if against else None,
+            protocol=measurement.Protocol(batches=_integers(batches, "--batches")),
+            progress=not as_json,
+        )
+    finally:
+        for session in sessions.values():
+            session.close()
+    for path in report or []:
+        _write_report(result, path)
+    if as_json:
+        typer.echo(result.to_json())
+    else:
+        _console().print(reporting.to_table(result))
+    if min_speedup is not None:
+        for path in against or []:
+            for batch in result.protocol.batches:
+                ratio = measurement.speedup(result, engine.stem, path.stem, batch)
+                if not ratio >= min_speedup:
+                    raise PerformanceGateError(
+                        f"'{engine.stem}' is {ratio:.2f} times as fast as '{path.stem}' at batch "
+                        f"{batch}.",
+                        f"At least {min_speedup:g} times was asked for.",
+                        "Check the FLOP ratio in the report: it bounds what can be gained.",
+                    )
+
+
+@verb
+def run(
+    engine: Path,
+    inputs: Annotated[Path, typer.Argument(help="Inputs: .npy, or .npz by input name.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz to write.")] = None,
+    head_logits: Annotated[bool, typer.Option(help="Every head's raw output too.")] = False,
+    threads: Threads = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict, with uncertainty."""
+    import io
+
+    import numpy as np
+
+    from hydra_edge import inspection, runtime
+    from hydra_edge.artifacts.arrays import load_dataset
+    from hydra_edge.artifacts.files import write_atomic
+
+    with runtime.load(engine, threads=threads) as session:
+        prediction = session.run(load_dataset(inputs, session.inputs)[0], head_logits=head_logits)
+        rows = inspection.describe_prediction(prediction, session.engine.labels)
+    if output is not None:
+        stream = io.BytesIO()
+        np.savez(stream, **dict(prediction))  # type: ignore[arg-type]
+        write_atomic(output, stream.getvalue())
+    if as_json:
+        typer.echo(json.dumps({name: array.tolist() for name, array in prediction.items()}))
+    else:
+        _console(stderr=False).print(inspection.table(rows))
+
+
+@verb
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A .hydra engine or an .onnx graph.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what a file holds: inputs, outputs, heads, precision, lowering, provenance."""
+    from hydra_edge import inspection
+
+    _print(inspection.describe_file(file), as_json, title=str(file))
+
+
+@verb
+def targets(as_json: JsonFlag = False) -> None:
+    """List what engines can be compiled for."""
+    from hydra_edge.targets import TARGETS
+
+    rows = {t.name: f"{', '.join(t.precisions)}: {t.description}" for t in TARGETS}
+    _print(rows, as_json, title="targets")
+
+
+@verb
+def doctor(as_json: JsonFlag = False) -> None:
+    """Tell what this machine can do, and what to install for the rest (exit 6 if the base is broken)."""
+    from hydra_edge import inspection
+
+    rows, healthy = inspection.describe_environment()
+    _print(rows, as_json, title="this machine")
+    if not healthy:
+        raise typer.Exit(6)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from hydra_edge import __version__
+
+        typer.echo(f"hydra-edge {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def _console(stderr: bool = True) -> Console:
+    """Progress and notes go to stderr, so that stdout holds only results."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _print(rows: Mapping[str, object], as_json: bool, title: str) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, default=str))
+        return
+    from rich.markup import escape
+
+    from hydra_edge import inspection
+
+    console = _console(stderr=False)
+    console.print(f"[bold]{escape(title)}[/]")
+    console.print(inspection.table([rows]))
+
+
+def _saved(graph: Graph, path: Path, as_json: bool) -> None:
+    from hydra_edge import inspection
+
+    graph.save(path)
+    _print(inspection.describe_graph(graph), as_json, title=f"wrote {path}")
+
+
+def _load_model(path: Path) -> Graph | Engine:
+    """An engine or a graph, by what the file holds."""
+    from hydra_edge.artifacts.engine import Engine
+    from hydra_edge.artifacts.graph import Graph
+
+    return Engine.load(path) if path.suffix == ".hydra" else Graph.load(path)
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as exc:
+        raise InputError(
+            f"{option} is '{text}'.", "It takes whole numbers with commas.", "Write e.g. 1,8,32."
+        ) from exc
+
+
+def _compile_options(batch: str, threads: int | None, lowering: str | None) -> CompileOptions:
+    from hydra_edge.compilation import CompileOptions
+
+    sizes = _integers(batch, "--batch")
+    if len(sizes) != 3:
+        raise InputError(
+            f"--batch names {len(sizes)} sizes.",
+            "An engine has a smallest, a best and a largest batch.",
+            "Write e.g. 1,8,32.",
+        )
+    return CompileOptions(batch=(sizes[0], sizes[1], sizes[2]), threads=threads, lowering=lowering)
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    try:
+        return [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
+    except ValueError as exc:
+        raise InputError(
+            f"--example is '{text}'.",
+            "It takes sizes with 'x' between them, one shape per input.",
+            "Write e.g. 1x3x224x224.",
+        ) from exc
+
+
+def _report_format(path: Path) -> str:
+    if path.suffix not in (".html", ".md", ".json"):
+        raise InputError(
+            f"'{path}' has no known report format.",
+            "Its ending decides: .html, .md or .json.",
+            "Choose one of those endings.",
+        )
+    return path.suffix
+
+
+def _write_report(report: Report, path: Path) -> None:
+    from hydra_edge import reporting
+    from hydra_edge.artifacts.files import write_atomic
+
+    kind = _report_format(path)
+    if kind == ".json":
+        text = report.to_json()
+    else:
+        text = reporting.to_html(report) if kind == ".html" else reporting.to_markdown(report)
+    write_atomic(path, text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What a file, a prediction or this machine holds, as rows for people and for JSON."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from hydra_edge import targets
+from hydra_edge.artifacts.engine import Engine
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.artifacts.prediction import Prediction
+from hydra_edge.costs import cost
+from hydra_edge.errors import GraphError
+
+if TYPE_CHECKING:
+    from hydra_edge.artifacts.graph import Json
+
+Rows = dict[str, "Json"]
+_PREDICTION_ROWS = 20
+
+# Import name, distribution, extra that brings it (None: base install), what it is for.
+_LIBRARIES = (
+    ("numpy", "numpy", None, "everything"),
+    ("onnx", "onnx", None, "reading and writing graphs"),
+    ("onnx_graphsurgeon", "onnx-graphsurgeon", None, "rewriting graphs"),
+    ("onnxruntime", "onnxruntime", None, "quantizing, and engines for 'cpu'"),
+    ("torch", "torch", "train", "ensembles, distillation, export"),
+    ("accelerate", "accelerate", "train", "distillation"),
+    ("safetensors", "safetensors", "train", "checkpoints"),
+    ("onnxscript", "onnxscript", "train", "export"),
+    ("sklearn", "scikit-learn", "metrics", "quality figures in verify and bench"),
+    ("torchmetrics", "torchmetrics", "metrics", "calibration error"),
+    ("matplotlib", "matplotlib", "report", "plots in HTML reports"),
+)
+
+
+def describe_graph(graph: Graph) -> Rows:
+    """Rows about a graph."""
+    metadata = graph.metadata
+    rows: Rows = {
+        "kind": metadata.kind,
+        "task": metadata.task,
+        "heads": metadata.heads,
+        "precision": metadata.precision,
+        "inputs": [str(spec) for spec in graph.inputs],
+        "outputs": [str(spec) for spec in graph.outputs],
+        "nodes": len(graph.model.graph.node),
+        "labels": list(metadata.labels),
+        "provenance": list(metadata.provenance),
+        "sha256": graph.sha256,
+    }
+    try:
+        figures = cost(graph)
+        rows["flops per sample"] = figures.flops_per_sample
+        rows["weight bytes"] = figures.weight_bytes
+    except GraphError as exc:
+        rows["flops per sample"] = f"not counted: {exc.what}"
+    if metadata.fusion is not None:
+        rows["fusion"] = [
+            f"{group.heads} heads from '{group.source}': "
+            + (f"fused {' → '.join(group.ops)}" if group.fused else f"left alone, {group.reason}")
+            for group in metadata.fusion
+        ] or ["no parallel heads found"]
+    return rows
+
+
+def describe_engine(engine: Engine) -> Rows:
+    """Rows about an engine."""
+    rows: Rows = {
+        "kind": engine.kind,
+        "task": engine.task,
+        "heads": engine.heads,
+        "target": engine.target,
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "size bytes": engine.size_bytes,
+        "labels": list(engine.labels),
+        "metrics": dict(engine.metrics),
+        "tools": dict(engine.tools),
+        "source sha256": engine.source_sha256,
+        "calibration sha256": engine.calibration_sha256,
+    }
+    for name, program in engine.programs.items():
+        timings = ", ".join(f"{k} {v:.3f} ms" for k, v in program.lowering_ms.items())
+        rows[f"program {name}"] = [
+            *(f"in  {spec}" for spec in program.inputs),
+            *(f"out {spec}" for spec in program.outputs),
+            f"batch {program.batch[0]} to {program.batch[2]}, best {program.batch[1]}",
+            f"lowering {program.lowering} (p50 at batch {program.batch[1]}: {timings})",
+            *(
+                f"{group.heads} heads from '{group.source}': "
+                + ("fused" if group.fused else f"left alone, {group.reason}")
+                for group in program.graph.fusion
+            ),
+        ]
+    return rows
+
+
+def describe_file(path: Path) -> Rows:
+    """Rows about a ``.hydra`` or ``.onnx`` file.
+
+    Raises:
+        ArtifactError: It is neither.
+    """
+    if path.suffix == ".hydra":
+        return describe_engine(Engine.load(path))
+    return describe_graph(Graph.load(path))
+
+
+def describe_prediction(prediction: Prediction, labels: Sequence[str]) -> list[Rows]:
+    """One row per sample, for the first of them."""
+    size = next((len(array) for name, array in prediction.items() if name != "head_logits"), 0)
+    rows: list[Rows] = []
+    for index in range(min(size, _PREDICTION_ROWS)):
+        row: Rows = {"sample": index}
+        for name, array in prediction.items():
+            if name == "mean_prob":
+                best = int(np.argmax(array[index]))
+                row["answer"] = labels[best] if labels else str(best)
+                row["probability"] = round(float(array[index][best]), 4)
+            elif name != "head_logits" and array[index].size == 1:
+                row[name] = round(float(array[index].reshape(-1)[0]), 4)
+            elif name != "head_logits":
+                row[name] = str(np.round(array[index], 4).tolist())
+        rows.append(row)
+    if size > _PREDICTION_ROWS:
+        rows.append({"sample": f"… {size - _PREDICTION_ROWS} more"})
+    return rows
+
+
+def describe_environment() -> tuple[Rows, bool]:
+    """Rows about this machine, and whether the base install works."""
+    rows: Rows = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "compiles for": [f"{t.name} ({', '.join(t.precisions)})" for t in targets.TARGETS],
+    }
+    healthy = True
+    missing: dict[str, list[str]] = {}
+    for module, distribution, extra, purpose in _LIBRARIES:
+        try:
+            importlib.import_module(module)
+            rows[distribution] = f"{importlib.metadata.version(distribution)} ({purpose})"
+        except ImportError as exc:
+            healthy = healthy and extra is not None
+            package = f"hydra-edge[{extra}]" if extra else "hydra-edge"
+            rows[distribution] = f"missing ({exc}): needed for {purpose}"
+            missing.setdefault(f"pip install '{package}'", []).append(distribution)
+    rows["gpu"] = (
+        "nvidia-smi found; this version compiles for the CPU only"
+        if shutil.which("nvidia-smi")
+        else "no NVIDIA driver found"
+    )
+    rows["to install"] = [f"{command}  (for {', '.join(n)})" for command, n in missing.items()] or (
+        "nothing: all of it is here"
+    )
+    return rows, healthy
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> Table:
+    """One mapping as name and value lines; several as a table with a column per key."""
+    if len(rows) == 1:
+        result = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows[0].items():
+            result.add_row(f"[dim]{escape(name)}[/]", escape(_text(value)))
+        return result
+    result = Table(box=None, padding=(0, 2, 0, 0))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        result.add_column(name)
+    for row in rows:
+        result.add_row(*(escape(_text(row.get(name, ""))) for name in names))
+    return result
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {_text(item)}" for name, item in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return "\n".join(map(str, value)) or "–"
+    return str(value)
+
+

@@ -1,0 +1,95 @@
+"""`build`: the whole chain on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from hydra_edge.artifacts.engine import MAIN, Engine
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.compilation import CompileOptions, compile
+from hydra_edge.errors import GateError
+from hydra_edge.fusion import fuse
+from hydra_edge.quantization import Calibration, CalibrationOptions, Precision, quantize
+from hydra_edge.verification import Gates, verify
+
+# Against the graph it was made from, an engine must keep nearly all of its uncertainty.
+ENGINE_GATES = Gates(accuracy_drop=0.005, mi_rank_correlation=0.95, mi_ratio=(0.67, 1.5))
+
+
+def build(
+    graph: Graph,
+    target: str = "cpu",
+    *,
+    precision: str | Precision = "fp32",
+    calibration: Calibration | None = None,
+    calibration_options: CalibrationOptions | None = None,
+    options: CompileOptions | None = None,
+    data: object | None = None,
+    labels: object | None = None,
+    gates: Gates | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Engine:
+    """Quantize, fuse, compile and verify a graph.
+
+    Args:
+        graph: An fp32 graph, or one that another tool quantized (then leave ``precision`` alone).
+        target: A name from `hydra-edge targets`.
+        precision: See `quantize`.
+        calibration: See `quantize`.
+        calibration_options: See `quantize`.
+        options: See `compile`.
+        data: Inputs to verify the engine on, against ``graph``; without it the engine is only
+            compared with its own graph on one recorded batch.
+        labels: Ground truth for ``data``.
+        gates: Limits for the verification; strict ones by default.
+        on_step: Called with a line about each step as it begins.
+
+    Returns:
+        The engine. Its ``metrics`` hold the verification's figures and, for lower precisions, the
+        p50 latency of its fp32 twin in milliseconds.
+
+    Raises:
+        GateError: The engine drifted too far from ``graph``.
+        HydraError: A step failed; see `quantize`, `fuse` and `compile`.
+    """
+    wanted = Precision.parse(precision) if isinstance(precision, str) else precision
+    lowered = graph
+    if wanted != Precision():
+        on_step(f"quantize to {wanted}")
+        lowered = quantize(graph, wanted, calibration=calibration, options=calibration_options)
+    on_step("fuse heads")
+    fused = fuse(lowered)
+    on_step(f"compile for {target}")
+    engine = compile(fused, target, options=options)
+    metrics = {"p50_ms": _p50(engine)}
+    if wanted != Precision():
+        on_step("time the fp32 twin")
+        metrics["p50_ms_fp32_twin"] = _p50(compile(fuse(graph), target, options=options))
+    if data is not None and graph.metadata.logits is not None:
+        on_step("verify against the source graph")
+        result = verify(engine, graph, data, labels=labels, gates=gates or ENGINE_GATES)
+        if not result.passed:
+            raise GateError(*_explained(result.failures, wanted))
+        metrics |= {**result.metrics, **result.drift}
+    return replace(engine, metrics={name: float(value) for name, value in metrics.items()})
+
+
+def pays(engine: Engine) -> bool | None:
+    """Whether a lower precision made the engine faster than its fp32 twin; None when not measured."""
+    twin = engine.metrics.get("p50_ms_fp32_twin")
+    return None if twin is None else engine.metrics["p50_ms"] < twin
+
+
+def _p50(engine: Engine) -> float:
+    program = engine.programs[MAIN]
+    return program.lowering_ms[program.lowering]
+
+
+def _explained(failures: tuple[str, ...], precision: Precision) -> tuple[str, str, str]:
+    return (
+        f"The {precision} engine drifted from its source: {'; '.join(failures)}.",
+        "No engine was returned.",
+        "Calibrate with more or better data, keep the heads in fp16 (body=int8,heads=fp16), or pass "
+        "looser gates on purpose.",
+    )

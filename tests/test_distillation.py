@@ -1,0 +1,541 @@
+"""Distillation: what the student learns, and that runs can be stopped, resumed and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from hydra_edge import tasks
+from hydra_edge.distillation import DistillationConfig, distill
+from hydra_edge.ensembles import Ensemble, Hydra, linear_heads, mlp_heads
+from hydra_edge.errors import ArtifactError, DistillationError, InputError
+
+SHORT = DistillationConfig(epochs_mean=2, epochs_heads=3, batch_size=8, learning_rate=1e-2)
+ONLINE = dataclasses.replace(SHORT, teacher="online")
+SAMPLES, FEATURES, CLASSES = 25, 4, 3  # 25 is three batches of 8 and one left-over sample
+
+
+def make_ensemble(members: int = 4, classes: int = CLASSES) -> Ensemble:
+    torch.manual_seed(1)
+    return Ensemble(
+        [
+            nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(), nn.Linear(8, classes))
+            for _ in range(members)
+        ]
+    )
+
+
+def make_student(heads: int = 4, classes: int = CLASSES) -> Hydra:
+    """A student with state that a resume can lose: batch statistics and random dropout."""
+    torch.manual_seed(2)
+    body = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
+    return Hydra(body, mlp_heads(heads, 8, classes, (6,), norm="batch"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost far more than they gain on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data() -> torch.Tensor:
+    return torch.randn(SAMPLES, FEATURES, generator=torch.Generator().manual_seed(3))
+
+
+class Samples(Dataset[object]):
+    """Yields ``(x, label)``; ``interrupt`` is the number of reads after which it is killed."""
+
+    def __init__(self, data: torch.Tensor, interrupt: float = float("inf")) -> None:
+        self.data, self.interrupt, self.reads = data, interrupt, 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        self.reads += 1
+        if self.reads > self.interrupt:
+            raise KeyboardInterrupt
+        return self.data[index], 0
+
+
+def assert_equal(a: nn.Module, b: nn.Module) -> None:
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+def noisy(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return x + 0.1 * torch.randn(x.shape, generator=generator)
+
+
+# What is learned
+
+
+def test_the_student_matches_the_moments_of_a_heteroscedastic_ensemble() -> None:
+    class Member(nn.Module):
+        """Members part where |x| grows, and the noise grows with x."""
+
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mean = torch.sin(2 * x) + self.shift * x**2
+            return torch.cat([mean, -2 + 0.5 * x], -1)
+
+    ensemble = Ensemble([Member(shift) for shift in np.linspace(-0.5, 0.5, 5)], "regression")
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+    student = Hydra(body, mlp_heads(5, 32, 2, (16,), "tanh"), "regression")
+    data = torch.linspace(-2, 2, 128)[:, None]
+    config = DistillationConfig(
+        epochs_mean=60,
+        epochs_heads=200,
+        batch_size=32,
+        learning_rate=1e-2,
+        learning_rate_heads=1e-2,
+        weight_decay=0,
+    )
+    trained = distill(ensemble, student, data, config, progress=False)
+    task = tasks.find("regression")
+    with torch.no_grad():
+        ours, theirs = trained(data).numpy(), ensemble(data).numpy()
+    drift = task.drift(ours, theirs)
+    moments, expected = task.summarize(ours), task.summarize(theirs)
+    # The means span about 4 and the members' log variances 2: errors of a few per cent.
+    assert drift["max_abs_mean"] < 0.15
+    assert drift["mi_ratio"] == pytest.approx(1, abs=0.1)
+    assert drift["mi_rank_correlation"] > 0.95
+    assert drift["disagreement_ratio"] == pytest.approx(1, abs=0.1)
+    assert (
+        np.abs(np.log(moments["aleatoric_variance"] / expected["aleatoric_variance"])).max() < 0.2
+    )
+
+
+def test_every_head_imitates_its_own_member(data: torch.Tensor) -> None:
+    ensemble = Ensemble(linear_heads(3, FEATURES, CLASSES)).train()
+    student = Hydra(nn.Identity(), linear_heads(3, FEATURES, CLASSES))
+    config = dataclasses.replace(
+        SHORT, epochs_heads=150, learning_rate_heads=5e-2, temperature=4.0, weight_decay=0
+    )
+    trained = distill(ensemble, student, data, config, progress=False)
+    ours, theirs = trained(data).softmax(-1), ensemble(data).softmax(-1)
+    distances = (ours[:, None] - theirs[None]).abs().amax((-1, -2))
+    assert distances.diagonal().max() < 0.02
+    assert distances.argmin(0).tolist() == [0, 1, 2]
+
+
+def test_fewer_heads_share_the_members_in_turn(data: torch.Tensor) -> None:
+    def constant(*logits: float) -> nn.Module:
+        layer = nn.Linear(FEATURES, 2)
+        nn.init.zeros_(layer.weight)
+        layer.bias.data = torch.tensor(logits)
+        return layer
+
+    # Head 0 imitates members 0, 2 and 4, head 1 imitates members 1 and 3.
+    logits = [(0.0, 2.0), (0.0, -2.0), (0.0, 0.0), (0.0, -1.0), (0.0, 1.0)]
+    ensemble = Ensemble([constant(*pair) for pair in logits])
+    student = Hydra(nn.Identity(), linear_heads(2, FEATURES, 2))
+    config = dataclasses.replace(SHORT, epochs_heads=150, learning_rate_heads=5e-2, weight_decay=0)
+    trained = distill(ensemble, student, data, config, progress=False)
+    prob = ensemble(data).softmax(-1)
+    groups = torch.stack([prob[0::2].mean(0), prob[1::2].mean(0)])
+    torch.testing.assert_close(trained(data).softmax(-1), groups, atol=0.02, rtol=0)
+
+
+def test_the_first_phase_trains_one_head_towards_the_mean(data: torch.Tensor) -> None:
+    """With a vanishing rate in the second phase, all heads are still the one of the first."""
+    config = dataclasses.replace(
+        SHORT, epochs_mean=150, epochs_heads=1, learning_rate=5e-2, learning_rate_heads=1e-12
+    )
+    ensemble = make_ensemble().eval()
+    student = Hydra(nn.Identity(), linear_heads(4, FEATURES, CLASSES))
+    trained = distill(ensemble, student, data, config, progress=False)
+    prob = trained(data).softmax(-1)
+    torch.testing.assert_close(prob[0], ensemble(data).softmax(-1).mean(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(prob[0].expand_as(prob), prob, atol=1e-6, rtol=0)
+    config = dataclasses.replace(config, epochs_mean=1, warmstart_heads=False, weight_decay=0)
+    trained = distill(ensemble, student, data, config, progress=False)
+    torch.testing.assert_close(trained.heads[2].weight, student.heads[2].weight)
+
+
+# What goes in, and what stays as it was
+
+
+def test_arguments_and_random_state_stay_as_they_were(data: torch.Tensor) -> None:
+    ensemble, student = make_ensemble(), make_student()
+    ensemble.members[0].eval()
+    ensemble_copy, student_copy = make_ensemble(), make_student()
+    state = torch.get_rng_state()
+    trained = distill(ensemble, student, data, SHORT, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_equal(student, student_copy)
+    assert_equal(ensemble, ensemble_copy)
+    assert student.training
+    assert not any(module.training for module in trained.modules())
+    assert ensemble.members[1][2].training
+    assert not ensemble.members[0][2].training
+    with pytest.raises(AssertionError):
+        assert_equal(trained, student)
+
+
+def test_the_kinds_of_data_give_one_result(data: torch.Tensor) -> None:
+    expected = distill(make_ensemble(), make_student(), data, SHORT, progress=False)
+    same: list[object] = [data.numpy(), data.numpy().astype(np.float64), (data,), Samples(data)]
+    for other in same:
+        config = dataclasses.replace(SHORT, workers=int(isinstance(other, Samples)))
+        trained = distill(make_ensemble(), make_student(), other, config, progress=False)  # type: ignore[arg-type]
+        assert_equal(trained, expected)
+
+
+def test_cached_and_online_teachers_agree(data: torch.Tensor) -> None:
+    cached = distill(make_ensemble(), make_student(), data, SHORT, progress=False)
+    online = distill(make_ensemble(), make_student(), data, ONLINE, progress=False)
+    # Matmuls round differently for other batch sizes, and AdamW amplifies that.
+    torch.testing.assert_close(cached(data), online(data), atol=1e-3, rtol=0)
+
+
+def test_models_with_several_inputs(data: torch.Tensor) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image, self.word = nn.Linear(FEATURES, CLASSES), nn.Embedding(5, CLASSES)
+
+        def forward(self, image: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+            return self.image(image) + self.word(word)
+
+    class Pairs(Samples):
+        def __getitem__(self, index: int) -> tuple[object, int]:
+            return (self.data[index], np.int64(index % 5)), 0
+
+    ensemble = Ensemble([Both(), Both()])
+    student = Hydra(Both(), linear_heads(2, CLASSES, CLASSES))
+    words = np.arange(SAMPLES) % 5
+    trained = distill(ensemble, student, (data, words), SHORT, progress=False)
+    assert_equal(distill(ensemble, student, Pairs(data), SHORT, progress=False), trained)
+    assert trained(data, torch.from_numpy(words)).shape == (2, SAMPLES, CLASSES)
+    distill(ensemble, student, (data, words), ONLINE, augment=noisy, progress=False)
+
+
+def test_augmentation_is_repeatable_and_seen_by_the_teacher(data: torch.Tensor) -> None:
+    ensemble, seen = make_ensemble(), []
+    ensemble.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    first = distill(ensemble, make_student(), data, ONLINE, augment=noisy, progress=False)
+    assert not torch.isin(seen[-1], data).any()
+    again = distill(ensemble, make_student(), data, ONLINE, augment=noisy, progress=False)
+    assert_equal(first, again)
+    other = dataclasses.replace(ONLINE, seed=1)
+    third = distill(ensemble, make_student(), data, other, augment=noisy, progress=False)
+    assert not torch.equal(first.body[0].weight, third.body[0].weight)
+
+
+def test_frozen_parameters_stay(data: torch.Tensor) -> None:
+    student = make_student()
+    student.body[0].requires_grad_(False)
+    config = dataclasses.replace(SHORT, gradient_clip=None)
+    trained = distill(make_ensemble(), student, data, config, progress=False)
+    assert torch.equal(trained.body[0].weight, student.body[0].weight)
+    assert not torch.equal(trained.heads[3][0].weight, student.heads[3][0].weight)
+
+
+def test_progress_is_shown_on_stderr_or_not_at_all(
+    data: torch.Tensor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    distill(make_ensemble(), make_student(), data, SHORT, progress=False)
+    assert capfd.readouterr() == ("", "")
+    distill(make_ensemble(), make_student(), data, SHORT)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert all(word in err for word in ("teacher", "phase 1: mean", "phase 2: heads", "loss"))
+
+
+def test_mixed_precision_trains(tmp_path: Path) -> None:
+    """In its own process: accelerate keeps one precision per process."""
+    code = (
+        "import torch; from torch import nn; from hydra_edge.ensembles import *; "
+        "from hydra_edge.distillation import *; heads = linear_heads(2, 4, 3); "
+        "config = DistillationConfig(epochs_mean=1, epochs_heads=1, mixed_precision='bf16'); "
+        "student = Hydra(nn.Linear(4, 4), linear_heads(2, 4, 3)); "
+        "trained = distill(Ensemble(heads), student, torch.randn(9, 4), config, progress=False); "
+        "y = trained(torch.randn(2, 4)); print(y.dtype, y.isfinite().all().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "torch.float32 True\n"
+
+
+# Stop and resume
+
+
+@pytest.mark.parametrize("reads", [1, 30, 50, 85, 110])
+def test_a_killed_run_resumes_to_the_same_weights(
+    data: torch.Tensor, tmp_path: Path, reads: int
+) -> None:
+    """Killed after so many reads of 125: in the first phase, between the phases, in the second."""
+    whole = distill(make_ensemble(), make_student(), data, ONLINE, progress=False)
+    setup = 2  # samples that the check before training reads
+    samples = Samples(data, interrupt=setup + reads)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_ensemble(), make_student(), samples, ONLINE, workdir=tmp_path, progress=False)
+    samples = Samples(data)
+    resumed = distill(
+        make_ensemble(), make_student(), samples, ONLINE, workdir=tmp_path, progress=False
+    )
+    assert_equal(resumed, whole)
+    assert samples.reads == setup + (2 + 3 - reads // SAMPLES) * SAMPLES
+
+
+def test_a_run_killed_in_an_augmentation_resumes_to_the_same_weights(
+    data: torch.Tensor, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def killed(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3 * 3 + 2:  # the second batch of the fourth epoch
+            raise KeyboardInterrupt
+        return noisy(x, generator)
+
+    run: Callable[..., Hydra] = distill
+    whole = run(make_ensemble(), make_student(), data, ONLINE, augment=noisy, progress=False)
+    for attempt in (killed, noisy):
+        arguments = (make_ensemble(), make_student(), data, ONLINE)
+        if attempt is killed:
+            with pytest.raises(KeyboardInterrupt):
+                run(*arguments, augment=attempt, workdir=tmp_path, progress=False)
+        else:
+            resumed = run(*arguments, augment=attempt, workdir=tmp_path, progress=False)
+    assert_equal(resumed, whole)
+
+
+def test_partly_written_teacher_outputs_are_continued(data: torch.Tensor, tmp_path: Path) -> None:
+    setup = 2 * SAMPLES + 2 + SAMPLES  # two reads for repeatability, the check, the fingerprint
+    samples = Samples(data, interrupt=setup + 12)  # in the second batch of eight
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_ensemble(), make_student(), samples, SHORT, workdir=tmp_path, progress=False)
+    assert {path.suffixes[0] for path in tmp_path.iterdir()} == {".part"}
+    samples = Samples(data)
+    resumed = distill(
+        make_ensemble(), make_student(), samples, SHORT, workdir=tmp_path, progress=False
+    )
+    assert samples.reads == setup + (SAMPLES - 8) + (2 + 3) * SAMPLES
+    assert_equal(resumed, distill(make_ensemble(), make_student(), data, SHORT, progress=False))
+    (outputs,) = tmp_path.glob("teacher-*")
+    with torch.no_grad():
+        expected = make_ensemble().eval()(data).numpy()
+    np.testing.assert_allclose(np.load(outputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_run_returns_at_once(data: torch.Tensor, tmp_path: Path) -> None:
+    ensemble, student = make_ensemble(), make_student()
+    first = distill(ensemble, student, data, SHORT, workdir=tmp_path / "run", progress=False)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    calls: list[int] = []
+    ensemble.register_forward_hook(lambda *_: calls.append(1))
+    again = distill(ensemble, student, data, SHORT, workdir=tmp_path / "run", progress=False)
+    assert len(calls) == 1  # the check of the first samples
+    assert_equal(first, again)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert {path.suffix for path in files} == {".npy", ".safetensors"}
+
+
+def test_the_checkpoint_of_another_run_is_refused(data: torch.Tensor, tmp_path: Path) -> None:
+    def run(
+        ensemble: Ensemble | None = None,
+        student: Hydra | None = None,
+        x: torch.Tensor = data,
+        config: DistillationConfig = SHORT,
+    ) -> Hydra:
+        ensemble, student = ensemble or make_ensemble(), student or make_student()
+        return distill(ensemble, student, x, config, workdir=tmp_path, progress=False)
+
+    run()
+    message = "belongs to a run with another {}.*Choose another workdir"
+    with pytest.raises(DistillationError, match=message.format("config")):
+        run(config=dataclasses.replace(SHORT, seed=5))
+    with pytest.raises(DistillationError, match=message.format("data")):
+        run(x=data + 1)
+    other = make_ensemble()
+    other.members[2][0].bias.data += 1
+    with pytest.raises(DistillationError, match=message.format("ensemble")):
+        run(other)
+    with pytest.raises(DistillationError, match=message.format("student")):
+        run(student=make_student(heads=3))
+    with pytest.raises(DistillationError, match="another ensemble, another student"):
+        run(other, make_student(heads=3))
+    run(config=dataclasses.replace(SHORT, workers=1))
+
+
+def test_damaged_files_are_named(data: torch.Tensor, tmp_path: Path) -> None:
+    arguments = (make_ensemble(), make_student(), data, SHORT)
+    distill(*arguments, workdir=tmp_path, progress=False)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[:100])
+    with pytest.raises(ArtifactError, match=r"checkpoint\.safetensors' cannot be read.*Delete it"):
+        distill(*arguments, workdir=tmp_path, progress=False)
+    checkpoint.unlink()
+    (outputs,) = tmp_path.glob("teacher-*.npy")
+    np.save(outputs, np.zeros((4, 3), np.float32))
+    with pytest.raises(ArtifactError, match=r"cannot be used: its shape.*float32 \[4, 25, 3\]"):
+        distill(*arguments, workdir=tmp_path, progress=False)
+    outputs.write_bytes(b"nothing of the kind")
+    with pytest.raises(ArtifactError, match=r"teacher-.*cannot be used.*Delete the file"):
+        distill(*arguments, workdir=tmp_path, progress=False)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs_mean", -1, r"epochs_mean is -1\. It must be an integer of 0 or more"),
+        ("epochs_heads", 0, "epochs_heads is 0"),
+        ("batch_size", 0, "batch_size is 0"),
+        ("seed", -1, "seed is -1"),
+        ("workers", -1, "workers is -1"),
+        ("learning_rate", 0.0, r"learning_rate is 0\.0\. It must be a finite number above 0"),
+        ("learning_rate_heads", float("inf"), "learning_rate_heads is inf"),
+        ("temperature", float("nan"), "temperature is nan"),
+        ("gradient_clip", -1.0, r"gradient_clip is -1\.0"),
+        ("weight_decay", -0.1, r"weight_decay is -0\.1\. It must be a number of 0 or more"),
+        ("teacher", "offline", "teacher is 'offline'. It must be one of cached, online"),
+        ("mixed_precision", "fp8", "mixed_precision is 'fp8'"),
+    ],
+)
+def test_config_values_are_checked(name: str, value: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        DistillationConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def refused(message: str, *arguments: object, **options: object) -> None:
+    run: Callable[..., Hydra] = distill
+    with pytest.raises(InputError, match=message):
+        run(*arguments, progress=False, **options)
+
+
+def test_models_that_do_not_fit_each_other(data: torch.Tensor) -> None:
+    ensemble = make_ensemble()
+    regressor = Hydra(nn.Identity(), linear_heads(2, FEATURES, 2), "regression")
+    refused(
+        r"task is classification \(\), the student's regression \(\)", ensemble, regressor, data
+    )
+    labelled = (
+        Ensemble(linear_heads(2, FEATURES, 2), labels=["cat", "dog"]),
+        Hydra(nn.Identity(), linear_heads(2, FEATURES, 2), labels=["dog", "cat"]),
+    )
+    refused(r"\('cat', 'dog'\).*same labels in the same order", *labelled, data)
+    refused("student has 5 heads, the ensemble 4 members", ensemble, make_student(5), data, SHORT)
+    wide = make_student(classes=5)
+    refused(r"Members give \[2, 3\] but heads give \[2, 5\]", ensemble, wide, data, SHORT)
+    uneven = Hydra(nn.Identity(), [*linear_heads(1, 4, 3), *mlp_heads(1, 4, 3)])
+    refused("Head 1 is not built like head 0.*epochs_mean=0", ensemble, uneven, data, SHORT)
+    for change in ({"epochs_mean": 0}, {"warmstart_heads": False}):
+        config = dataclasses.replace(SHORT, epochs_heads=1, **change)  # type: ignore[arg-type]
+        distill(ensemble, uneven, data, config, progress=False)
+    gaussians = Ensemble(linear_heads(2, FEATURES, 2), "regression")
+    warm = dataclasses.replace(SHORT, temperature=2.0)
+    refused(r"temperature is 2\.0", gaussians, regressor, data, warm)
+    frozen = Hydra(nn.Identity(), linear_heads(4, FEATURES, CLASSES)).requires_grad_(False)
+    refused("student has no trainable parameters", ensemble, frozen, data, SHORT)
+    flat = Ensemble([nn.Flatten(0)])
+    refused(r"Members give \[8\] for 2 samples.*\[M, B, C\]", flat, make_student(1), data, SHORT)
+
+
+def test_data_that_cannot_be_used(data: torch.Tensor) -> None:
+    models = (make_ensemble(), make_student())
+    refused("data is a list", *models, [data])
+    refused("data is a tuple", *models, ())
+    refused("data is a tuple", *models, (data, "text"))
+    refused("inputs hold 0 samples", *models, data[:0])
+    refused("inputs hold 0 samples", *models, torch.tensor(1.0))
+    refused("inputs hold 24 and 25 samples", *models, (data, data[1:]))
+
+    class Unsized(Dataset[object]):
+        pass
+
+    class Text(Samples):
+        def __getitem__(self, index: int) -> tuple[object, int]:
+            return "text", 0
+
+    class Random(Samples):
+        def __getitem__(self, index: int) -> tuple[object, int]:
+            return torch.randn(FEATURES), 0
+
+    refused("data is a Unsized", *models, Unsized())
+    refused("sample's input is a str", *models, Text(data))
+    refused("Reading the dataset twice.*Set teacher='online'", *models, Random(data))
+    distill(*models, Random(data), dataclasses.replace(ONLINE, epochs_heads=1), progress=False)
+    refused(r"ensemble cannot run on the data: .*float32 \[2, 3\]", *models, data[:, 1:])
+    odd = Hydra(nn.Linear(5, 3), linear_heads(2, 3, 3))
+    refused("student cannot run on the data", models[0], odd, data)
+
+
+def test_augmentation_that_cannot_be_used(data: torch.Tensor) -> None:
+    models = (make_ensemble(), make_student())
+    refused("teacher is 'cached'.*Set teacher='online'", *models, data, SHORT, augment=noisy)
+    refused(
+        r"augment returned \[7, 4\] for a batch \[8, 4\]",
+        *models,
+        data,
+        ONLINE,
+        augment=lambda x, generator: x[1:],
+    )
+    refused("augment returned NoneType", *models, data, ONLINE, augment=lambda x, generator: None)
+
+
+@pytest.mark.parametrize("config", [SHORT, ONLINE])
+def test_a_member_that_gives_nan_is_named(data: torch.Tensor, config: DistillationConfig) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x[:, :1] == data[17, 0], torch.nan, x[:, :3])
+
+    ensemble = Ensemble([nn.Linear(FEATURES, CLASSES), Fails()])
+    with pytest.raises(DistillationError, match="Member 1 gives NaN or inf for sample 17"):
+        distill(ensemble, make_student(2), data, config, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: torch.Tensor) -> None:
+    class Overflows(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (torch.inf if self.training else 1)
+
+    student = Hydra(Overflows(FEATURES, 6), linear_heads(2, 6, CLASSES))
+    with pytest.raises(
+        DistillationError, match=r"loss is nan in phase 1, epoch 1, step 1\..*Lower the learning"
+    ):
+        distill(make_ensemble(), student, data, SHORT, progress=False)
+
+
+def test_environments_that_cannot_train(
+    data: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (make_ensemble(), make_student(), data)
+    distill(*arguments, dataclasses.replace(SHORT, epochs_heads=1), progress=False)
+    with pytest.raises(DistillationError, match=r"refuses mixed_precision='bf16'.*a new process"):
+        distill(*arguments, dataclasses.replace(SHORT, mixed_precision="bf16"), progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"file' cannot be made.*Choose another workdir"):
+        distill(*arguments, SHORT, workdir=tmp_path / "file", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+        with pytest.raises(DistillationError, match=r"need 0\.0 MiB more.*set teacher='online'"):
+            distill(*arguments, SHORT, workdir=tmp_path / "full", progress=False)
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda _: 2))
+    with pytest.raises(DistillationError, match="accelerate runs 2 processes"):
+        distill(*arguments, SHORT, progress=False)
