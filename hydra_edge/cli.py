@@ -209,27 +209,24 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Check that a model still answers, and still doubts, like its reference (exit 3 if not)."""
-    from hydra_edge import verification
+    from dataclasses import asdict
+
+    from hydra_edge import inspection, verification
     from hydra_edge.artifacts.arrays import load_dataset
 
     gates = verification.Gates(mi_rank_correlation=mi_correlation, accuracy_drop=accuracy_drop)
     left, right = _load_model(model), _load_model(against)
     inputs, labels = load_dataset(data, left.inputs)
     result = verification.verify(left, right, inputs, labels=labels, gates=gates)
-    _print(
-        {
-            "passed": result.passed,
-            "samples": result.samples,
-            **{f"{name}": value for name, value in result.metrics.items()},
-            **{f"reference {name}": value for name, value in result.reference_metrics.items()},
-            **result.drift,
-            "largest head error": max(result.head_errors, default=None),
-            "failures": list(result.failures),
-            "notes": list(result.notes),
-        },
-        as_json,
-        title=f"{model.name} against {against.name}",
-    )
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    else:
+        console = _console(stderr=False)
+        console.print(inspection.verification_table(result))
+        for note in result.notes:
+            console.print(f"[dim]{note}[/]")
+        if result.passed:
+            console.print(f"[green]passed[/] on {result.samples} samples")
     result.require()
 
 

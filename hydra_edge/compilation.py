@@ -122,16 +122,22 @@ def compile(
 
 def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, int]:
     """A graph with a fixed batch has a range of one."""
-    for spec in graph.inputs:
-        if spec.dtype == "unknown" or not spec.shape:
+    for spec in (*graph.inputs, *graph.outputs):
+        if spec.dtype in ("unknown", "object"):
             raise CompilationError(
-                f"The input '{spec}' has no declared type or no axes.",
-                "An engine checks its inputs, and axis 0 of each is the batch.",
-                "Export the model with typed inputs and a batch axis.",
+                f"'{spec}' is not a tensor of numbers with a declared type.",
+                "An engine checks its inputs, and records and compares its outputs.",
+                "Export the model with typed, numeric inputs and outputs.",
             )
-        if isinstance(spec.shape[0], int):
-            return (spec.shape[0],) * 3
-    return wanted
+    batches = {spec.shape[0] if spec.shape else None for spec in graph.inputs}
+    fixed = {size for size in batches if not isinstance(size, str)}
+    if None in fixed or (fixed and len(batches) > 1):
+        raise CompilationError(
+            f"The inputs are {'; '.join(map(str, graph.inputs))}.",
+            "Axis 0 of every input is the batch: all sizes are open, or all are the same.",
+            "Export the model with a batch axis on every input.",
+        )
+    return (int(fixed.pop()),) * 3 if fixed else wanted
 
 
 def _candidates(

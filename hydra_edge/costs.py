@@ -21,7 +21,9 @@ _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 _PRODUCTS = frozenset({"Gemm", "MatMul", "MatMulInteger", "QLinearMatMul"})
 _COUNTED = frozenset({*_CONVOLUTIONS, *_PRODUCTS, "ConvTranspose"})
 # Not weights: indices, axes and shapes.
-_NOT_PARAMETERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING})
+_NOT_PARAMETERS = frozenset(
+    {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
+)
 _PACKED_BITS = {
     getattr(onnx.TensorProto, name): bits
     for name, bits in (
@@ -75,7 +77,9 @@ def cost(graph: Graph) -> Cost:
         flops_per_sample=operations // batch,
         weight_bytes=sum(map(_stored_bytes, constants)),
         parameters=sum(
-            math.prod(tensor.dims) for tensor in constants if tensor.data_type not in _NOT_PARAMETERS
+            math.prod(tensor.dims)
+            for tensor in constants
+            if tensor.data_type not in _NOT_PARAMETERS
         ),
     )
 
@@ -183,4 +187,4 @@ def _stored_bytes(tensor: onnx.TensorProto) -> int:
         return sum(map(len, tensor.string_data))
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     bits = _PACKED_BITS.get(tensor.data_type, dtype.itemsize * 8)
-    return -(-count * bits // 8)
+    return int(-(-count * bits // 8))

@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from hydra_edge import tasks
 from hydra_edge.artifacts.files import write_atomic
@@ -182,7 +182,11 @@ class _TransferSet(Dataset[_Inputs]):
         self.dataset: Any = data
         if parts and len(self.arrays) == len(parts):
             lengths = {len(array) if array.ndim else 0 for array in self.arrays}
-        elif isinstance(data, Dataset) and hasattr(data, "__len__"):
+        elif (
+            isinstance(data, Dataset)
+            and hasattr(data, "__len__")
+            and not isinstance(data, IterableDataset)
+        ):
             self.arrays, lengths = (), {len(data)}
         else:
             raise InputError(
@@ -241,7 +245,7 @@ class _Run:
         self.identity = self._identity()
         header, tensors = self._read_checkpoint()
         if header:
-            _log.info("Resuming after epoch %d of phase %d.", header["epoch"], header["phase"])
+            _log.info("Resuming after epoch %d of phase %d.", header["epoch"], header["phase"] + 1)
             student.load_state_dict(_under("student.", tensors))
         reached = header.get("phase", 0)
         for phase, epochs in enumerate((config.epochs_mean, config.epochs_heads)):
@@ -253,7 +257,10 @@ class _Run:
             if phase == 1 and done == 0 and config.epochs_mean and config.warmstart_heads:
                 for head in student.heads[1:]:
                     head.load_state_dict(student.heads[0].state_dict())
-            optimizer = self._optimizer(phase)
+            parameters = [p for p in student.parameters() if p.requires_grad]
+            optimizer = self.accelerator.prepare(
+                torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+            )
             if done:
                 self._restore(optimizer, header, _under("optimizer.", tensors))
             self._phase(phase, done, epochs, optimizer)
@@ -314,14 +321,6 @@ class _Run:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
         optimizer.step()
-
-    def _optimizer(self, phase: int) -> Any:
-        # Weight decay would move heads that the first phase does not train.
-        heads = self.student.heads[:1] if phase == 0 else self.student.heads
-        trained = nn.ModuleList([self.student.body, *heads])
-        parameters = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, weight_decay=self.config.weight_decay)
-        return self.accelerator.prepare(optimizer)
 
     def _target(self, indices: Sequence[int], x: _Inputs) -> torch.Tensor:
         if self.cached is not None:
@@ -595,7 +594,8 @@ def _callers_random_state(device: torch.device) -> contextlib.AbstractContextMan
     """Gives torch's global random state back to the caller as it was."""
     if device.type == "cpu":
         return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
+    count = torch.get_device_module(device).device_count()
+    return torch.random.fork_rng(devices=range(count), device_type=device.type)
 
 
 @contextlib.contextmanager
@@ -648,8 +648,8 @@ def _hash(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
 def _tensor(value: object) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
-    if isinstance(value, (np.ndarray, np.generic, int, float)):
-        array = np.require(value, requirements=["C", "W"])
+    array = np.require(value, requirements=["C", "W"])
+    if array.dtype.kind in "biuf":
         tensor = torch.from_numpy(array)
         return tensor.to(torch.get_default_dtype()) if array.dtype == np.float64 else tensor
     raise InputError(
@@ -661,7 +661,7 @@ def _tensor(value: object) -> torch.Tensor:
 
 def _augmented(augment: Augment, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     result = augment(x, generator)
-    if not isinstance(result, torch.Tensor) or len(result) != len(x):
+    if not isinstance(result, torch.Tensor) or result.shape[:1] != x.shape[:1]:
         got = list(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
         raise InputError(
             f"augment returned {got} for a batch {list(x.shape)}.",

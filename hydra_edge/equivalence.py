@@ -10,6 +10,7 @@ from hydra_edge.artifacts.engine import Golden
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.backends import Runner
 from hydra_edge.backends import onnxruntime as backend
+from hydra_edge.errors import GraphError
 
 Array = npt.NDArray[np.generic]
 
@@ -26,11 +27,21 @@ HALF_TOLERANCE = 1e-2
 def random_inputs(
     specs: tuple[TensorSpec, ...], *, batch: int = 16, seed: int = 0
 ) -> dict[str, Array]:
-    """Inputs that fit ``specs``: normal floats, small integers, ``batch`` for every named axis."""
+    """Inputs that fit ``specs``: normal floats, small integers, ``batch`` for every named axis.
+
+    Raises:
+        GraphError: An input has no numeric type.
+    """
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = {}
     for spec in specs:
         shape = tuple(size if isinstance(size, int) else batch for size in spec.shape)
+        if spec.dtype in ("unknown", "object"):
+            raise GraphError(
+                f"The input '{spec}' is not a tensor of numbers with a declared type.",
+                "No random values can be made for it, so a rewrite could not be checked.",
+                "Export the model with typed, numeric inputs.",
+            )
         dtype = np.dtype(spec.dtype)
         if np.issubdtype(dtype, np.floating):
             feeds[spec.name] = rng.standard_normal(shape).astype(dtype)

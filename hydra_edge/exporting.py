@@ -61,16 +61,16 @@ def export(
             "Each input needs one name.",
             "Give one name per input.",
         )
-    task = model.task if isinstance(model, (Hydra, Ensemble)) else None
-    output = LOGITS if task else "logits"
+    known = model if isinstance(model, (Hydra, Ensemble)) else None
+    output = LOGITS if known else "logits"
     # The forward of Hydra and Ensemble takes *inputs, which torch.export sees as one tuple.
     axes = tuple({0: BATCH} for _ in examples)
-    proto = _to_onnx(model, examples, names, output, (axes,) if task else axes)
-    kind = "student" if isinstance(model, Hydra) else "ensemble" if task else "member"
+    proto = _to_onnx(model, examples, names, output, (axes,) if known else axes)
+    kind = "student" if isinstance(model, Hydra) else "ensemble" if known else "member"
     graph = Graph(proto, Metadata(kind=kind, provenance=(f"export:torch {torch.__version__}",)))
-    if task is None:
+    if known is None:
         return graph
-    return summarize(graph, task, output, labels=model.labels, head_logits=head_logits)
+    return summarize(graph, known.task, output, labels=known.labels, head_logits=head_logits)
 
 
 def merge(
@@ -157,6 +157,14 @@ def summarize(
         )
     heads, batch, channels = spec.shape
     described = tasks.find(task)
+    used = {name for node in graph.model.graph.node for name in (*node.input, *node.output)}
+    taken = sorted(used & set(described.outputs))
+    if taken:
+        raise GraphError(
+            f"The graph has a tensor '{taken[0]}' already.",
+            "The summary writes a tensor of that name; perhaps the graph ends in one already.",
+            "Use the graph as it is, or rename that tensor.",
+        )
     width = described.width(channels) if isinstance(channels, int) else channels
     if labels and len(labels) != width:
         raise InputError(
@@ -238,6 +246,7 @@ def _to_onnx(
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )
+        assert program is not None  # with dynamo=True it is what was exported
         proto = program.model_proto
     except Exception as exc:  # whatever the module's own code and torch.export raise
         raise ExportError(

@@ -82,7 +82,9 @@ def _join(candidate: Branches, stacker: Stacker, value: Emitted) -> list[gs.Tens
         order = [*range(1, axis + 1), 0, *range(axis + 1, value.rank + 1)]
         x = stacker.node("Transpose", [x], result.dtype, None, {"perm": order})
     if join.kind == "concat":
-        shape = list(result.shape or [])
+        if result.shape is None:
+            raise UnsupportedError("the branches are concatenated to an unknown shape")
+        shape = list(result.shape)
         if not all(isinstance(size, int) for size in shape[axis + 1 :]):
             raise UnsupportedError("the branches are concatenated before an axis of unknown size")
         # 0 copies a size from the input, which has the same axes up to the one that is merged.

@@ -23,6 +23,7 @@ from hydra_edge.errors import GraphError
 
 if TYPE_CHECKING:
     from hydra_edge.artifacts.graph import Json
+    from hydra_edge.verification import Verification
 
 Rows = dict[str, "Json"]
 _PREDICTION_ROWS = 20
@@ -166,17 +167,35 @@ def describe_environment() -> tuple[Rows, bool]:
     return rows, healthy
 
 
+def verification_table(result: Verification) -> Table:
+    """Quality of model and reference side by side, and how far the uncertainty drifted."""
+    lines = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("", "model", "reference"):
+        lines.add_column(name, justify="right" if name else "left")
+    for name, value in result.metrics.items():
+        lines.add_row(name.replace("_", " "), f"{value:.4f}", f"{result.reference_metrics[name]:.4f}")
+    for name, value in result.drift.items():
+        lines.add_row(name.replace("_", " "), f"{value:.4f}", "")
+    if result.head_errors:
+        worst = int(np.argmax(result.head_errors))
+        error = result.head_errors[worst]
+        lines.add_row("largest head error", f"{error:.4f}", f"head {worst}, relative RMS")
+    return lines
+
+
 def table(rows: Sequence[Mapping[str, object]]) -> Table:
     """One mapping as name and value lines; several as a table with a column per key."""
     if len(rows) == 1:
         result = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        result.add_column(no_wrap=True)
+        result.add_column(overflow="fold")
         for name, value in rows[0].items():
             result.add_row(f"[dim]{escape(name)}[/]", escape(_text(value)))
         return result
     result = Table(box=None, padding=(0, 2, 0, 0))
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
-        result.add_column(name)
+        result.add_column(name.replace("_", " "), justify="right" if name != "answer" else "left")
     for row in rows:
         result.add_row(*(escape(_text(row.get(name, ""))) for name in names))
     return result

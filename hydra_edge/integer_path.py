@@ -26,7 +26,7 @@ def hoist_quantize(graph: gs.Graph) -> None:
     runtime sees Q directly behind the convolution and runs all of it in int8.
     """
     for quantize in [node for node in graph.nodes if node.op == "QuantizeLinear"]:
-        if quantize.attrs.get("axis") == 0 or not _is_symmetric_int8(quantize):
+        if not _is_symmetric_int8(quantize) or _is_output(graph, quantize.outputs[0]):
             continue
         path: list[gs.Node] = []
         tensor = quantize.inputs[0]
@@ -42,7 +42,7 @@ def hoist_quantize(graph: gs.Graph) -> None:
 
 def _rebuild(graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]) -> None:
     parameters = quantize.inputs[1:]
-    stem = f"{quantize.name or quantize.outputs[0].name}/hoisted"
+    stem = f"{quantize.outputs[0].name}/hoisted"
     current = gs.Variable(f"{stem}_0", dtype=np.int8, shape=start.shape)
     graph.nodes.append(
         gs.Node("QuantizeLinear", stem, inputs=[start, *parameters], outputs=[current])
@@ -77,7 +77,11 @@ def _is_symmetric_int8(quantize: gs.Node) -> bool:
 
 
 def _only_reader(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    return len(tensor.outputs) == 1 and all(output is not tensor for output in graph.outputs)
+    return len(tensor.outputs) == 1 and not _is_output(graph, tensor)
+
+
+def _is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return any(output is tensor for output in graph.outputs)
 
 
 def shift_to_uint8(graph: gs.Graph) -> None:
@@ -90,24 +94,32 @@ def shift_to_uint8(graph: gs.Graph) -> None:
         if len(quantize.inputs) < 3 or not _is_zero(quantize.inputs[2]):
             continue
         carriers, ends = _readers(quantize)
-        if any(end.op not in ("DequantizeLinear", "MatMulInteger") for end in ends):
+        written = [node.outputs[0] for node in (quantize, *carriers)]
+        if any(_is_output(graph, tensor) for tensor in written):
             continue
-        if any(output.dtype == np.int8 for output in graph.outputs):
+        if not all(_can_shift(end, written) for end in ends):
             continue
-        name = f"{quantize.name or quantize.outputs[0].name}/zero_point_128"
+        name = f"{quantize.outputs[0].name}/zero_point_128"
         shape = quantize.inputs[2].values.shape
         zero_point = gs.Constant(name, np.full(shape, 128, np.uint8))
         scalar = gs.Constant(f"{name}_scalar", np.asarray(128, np.uint8))
         quantize.inputs[2] = zero_point
-        for node in (quantize, *carriers):
-            node.outputs[0].dtype = np.uint8
+        for tensor in written:
+            tensor.dtype = np.uint8
+        for node in carriers:
             if node.op == "Clip":
                 node.inputs[1] = scalar
         for end in ends:
-            if end.op == "MatMulInteger":
-                end.inputs = [*end.inputs[:2], scalar]
-            else:
-                end.inputs = [*end.inputs[:2], zero_point]
+            end.inputs = [*end.inputs[:2], scalar if end.op == "MatMulInteger" else zero_point]
+
+
+def _can_shift(end: gs.Node, written: list[gs.Tensor]) -> bool:
+    """Whether ``end`` reads one of ``written`` as an operand whose zero point is free to change."""
+    if not any(tensor is end.inputs[0] for tensor in written):
+        return False
+    if end.op == "MatMulInteger":
+        return len(end.inputs) == 2 and all(tensor is not end.inputs[1] for tensor in written)
+    return end.op == "DequantizeLinear" and (len(end.inputs) < 3 or _is_zero(end.inputs[2]))
 
 
 def _readers(quantize: gs.Node) -> tuple[list[gs.Node], list[gs.Node]]:
@@ -117,12 +129,16 @@ def _readers(quantize: gs.Node) -> tuple[list[gs.Node], list[gs.Node]]:
     pending = list(quantize.outputs[0].outputs)
     while pending:
         node = pending.pop()
-        if node.op in _CARRIES:
+        if node.op in _CARRIES and (node.op != "Clip" or _is_relu(node)):
             carriers.append(node)
             pending.extend(node.outputs[0].outputs)
         else:
             ends.append(node)
     return carriers, ends
+
+
+def _is_relu(clip: gs.Node) -> bool:
+    return len(clip.inputs) == 2 and _is_zero(clip.inputs[1])
 
 
 def _is_zero(tensor: gs.Tensor) -> bool:

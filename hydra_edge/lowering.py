@@ -153,7 +153,9 @@ class _Emitter:
             return False
         separated = [tensor for tensor in node.inputs if tensor.name in self.parts]
         others = [tensor for tensor in node.inputs if tensor.name not in self.parts]
-        return bool(separated) and all(isinstance(tensor, gs.Constant) for tensor in others)
+        return bool(separated) and all(
+            isinstance(tensor, gs.Constant) and tensor.values.ndim <= 3 for tensor in others
+        )
 
     def separate_elementwise(self, node: gs.Node) -> None:
         """The same op on each of the M tensors; constants with an axis M are taken apart."""
@@ -170,8 +172,9 @@ class _Emitter:
         if tensor.name in self.parts:
             return self.parts[tensor.name][head]
         values = tensor.values
-        stacked = values.ndim == 3 and len(values) == heads
-        return self.constant(values[head]) if stacked else tensor
+        if values.ndim < 3:
+            return tensor
+        return self.constant(values[head if len(values) == heads else 0])
 
     def split(self, x: gs.Tensor, heads: int) -> list[gs.Tensor]:
         """The M tensors of a stacked one."""

@@ -1,7 +1,7 @@
 """What only a fresh process or the system can tell: load time, memory, the machine.
 
-``python -m hydra_edge.probe ENGINE... --batch B --threads T`` loads engines in one process, runs them
-and prints what that took as one line of JSON. Several engines are the members of one ensemble.
+``python -m hydra_edge.probe ENGINE... --batch B --threads T`` loads engines in one process, runs
+them and prints what that took as one line of JSON. Several engines are the members of one ensemble.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hydra_edge import backends, tasks
-from hydra_edge.artifacts.arrays import check_arrays, to_numpy
+from hydra_edge.artifacts.arrays import any_batch, check_arrays, to_numpy
 from hydra_edge.artifacts.engine import MAIN, Engine, Program
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.artifacts.prediction import Prediction
@@ -86,10 +86,7 @@ class Session:
         Raises:
             InputError: Names, shapes or dtypes do not fit, or the session is closed.
         """
-        if self._closed:
-            raise InputError(
-                "The session is closed.", "Its program was released.", "Load the engine again."
-            )
+        self._require_open()
         return Prediction(self._find(program).run(inputs, head_logits))
 
     def self_test(self) -> dict[str, float]:
@@ -100,7 +97,9 @@ class Session:
 
         Raises:
             GateError: A program answers differently than its graph did when it was compiled.
+            InputError: The session is closed.
         """
+        self._require_open()
         errors = {name: live.replay() for name, live in self._programs.items()}
         for name, error in errors.items():
             limit = self.engine.programs[name].golden.tolerance
@@ -133,6 +132,12 @@ class Session:
     def __repr__(self) -> str:
         engine = self.engine
         return f"Session({engine.kind}, {engine.target}, {engine.precision}, heads={engine.heads})"
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InputError(
+                "The session is closed.", "Its program was released.", "Load the engine again."
+            )
 
     def _find(self, name: str) -> _LiveProgram:
         try:
@@ -232,6 +237,13 @@ class _LiveProgram:
                 for key, array in feeds.items()
             }
         outputs = dict(zip(names, self.runner.run(feeds, names), strict=True))
+        for name, array in outputs.items():
+            if array.shape[self._axes[name] : self._axes[name] + 1] != (max(size, low),):
+                raise InputError(
+                    f"The output '{name}' is {list(array.shape)} for {max(size, low)} samples.",
+                    "A batch outside the engine's range is run in parts, which must be joined.",
+                    f"Run {low} to {self.program.batch[2]} samples at a time.",
+                )
         if size < low:
             outputs = {
                 name: array.take(range(size), axis=self._axes[name])
@@ -251,16 +263,24 @@ class _LiveProgram:
                 f"The inputs are {'; '.join(map(str, specs))}.",
                 "Pass a mapping of names to arrays.",
             )
-        return check_arrays(given, specs)
+        return check_arrays(given, any_batch(specs))
 
     def replay(self) -> float:
         """See `hydra_edge.equivalence.replay`."""
         return replay(self.runner, self.program.golden)
 
     def _batch_axis(self, output: TensorSpec) -> int:
-        """The axis of an output that has the name of the inputs' batch axis; axis 0 by default."""
+        """The axis of an output that has the name, or the fixed size, of the inputs' batch axis.
+
+        Exporters do not always name it alike: then it is the only named axis, or else axis 0.
+        """
+        if output.name in self.program.optional:
+            return 1  # per-head outputs are [M, B, C]
         batch = self.program.inputs[0].shape[0]
-        return output.shape.index(batch) if isinstance(batch, str) and batch in output.shape else 0
+        if batch in output.shape:
+            return output.shape.index(batch)
+        named = [axis for axis, size in enumerate(output.shape) if isinstance(size, str)]
+        return named[0] if len(named) == 1 else 0
 
 
 def require_same_inputs(

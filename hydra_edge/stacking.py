@@ -91,6 +91,15 @@ class Stacker:
             raise UnsupportedError("the branches repeat a computation on their shared input")
         return operand
 
+    def same(self, value: Value | None, step: Step) -> gs.Tensor:
+        """A parameter that is one for all branches, or left out by all of them."""
+        if value is None:
+            return gs.Variable.empty()
+        parameter = self.emitted(value)
+        if parameter.stacked:
+            raise UnsupportedError(f"{step.op} has parameters that differ between branches")
+        return parameter.tensor
+
     def aligned(self, value: Value | None, rank: int) -> gs.Tensor:
         """An operand shaped so that it broadcasts against stacked tensors of ``rank`` + 1 axes."""
         operand = self.emitted(value)
@@ -168,10 +177,7 @@ def is_constant(value: Value | None) -> bool:
 
 def _unary(stacker: Stacker, step: Step) -> Emitted:
     x = stacker.emitted(step.inputs[0])
-    rest = [stacker.emitted(value) for value in step.inputs[1:] if value is not None]
-    if any(operand.stacked for operand in rest):
-        raise UnsupportedError(f"{step.op} has parameters that differ between branches")
-    inputs = [x.tensor, *(operand.tensor for operand in rest)]
+    inputs = [x.tensor, *(stacker.same(value, step) for value in step.inputs[1:])]
     return stacker.emit(step.op, inputs, step, stacked=x.stacked, **step.nodes[0].attrs)
 
 
@@ -195,8 +201,12 @@ def _last_axis(stacker: Stacker, step: Step) -> Emitted:
 def _reduce_mean(stacker: Stacker, step: Step) -> Emitted:
     if len(step.inputs) < 2:
         raise UnsupportedError("ReduceMean over all axes mixes the branches")
-    axes = constants(step.inputs[1], 1)[0].reshape(-1)
-    moved = np.asarray([axis + 1 if axis >= 0 else axis for axis in axes.tolist()], np.int64)
+    axes = stacker.same(step.inputs[1], step)
+    if not isinstance(axes, gs.Constant):
+        raise UnsupportedError("the axes of ReduceMean are computed")
+    moved = np.asarray(
+        [axis + 1 if axis >= 0 else axis for axis in axes.values.reshape(-1).tolist()], np.int64
+    )
     inputs = [stacker.varying(step.inputs[0]).tensor, stacker.constant(moved)]
     return stacker.emit(step.op, inputs, step, **step.nodes[0].attrs)
 
@@ -237,8 +247,9 @@ def _quantize(stacker: Stacker, step: Step) -> Emitted:
     """Q or DQ of activations; scales that differ between branches lie along axis 0."""
     x = stacker.emitted(step.inputs[0])
     parameters = [np.stack(constants(value, stacker.heads)) for value in step.inputs[1:]]
-    if any(p.ndim != 1 for p in parameters):
+    if any(p.size != stacker.heads for p in parameters):
         raise UnsupportedError("activations are quantized per channel")
+    parameters = [p.reshape(-1) for p in parameters]
     attrs = dict(step.nodes[0].attrs)
     if all((p == p[0]).all() for p in parameters):
         parameters = [p[0] for p in parameters]
@@ -253,23 +264,24 @@ def _quantize(stacker: Stacker, step: Step) -> Emitted:
 def _dequantize(stacker: Stacker, step: Step) -> Emitted:
     if not is_constant(step.inputs[0]):
         return _quantize(stacker, step)
-    weight, scale = quantized_constant(step, stacker.heads)
-    values = (weight.astype(np.float32) * scale).astype(np.float32)
+    values = _dequantized(step, stacker.heads)
     return Emitted(stacker.constant(values), values.ndim - 1, stacked=True)
 
 
-def quantized_constant(
-    step: Step, heads: int
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """int8 ``[M, ...]`` of ``DequantizeLinear(constant)`` and their scale, made to broadcast."""
+def _dequantized(step: Step, heads: int) -> npt.NDArray[np.float32]:
+    """What ``DequantizeLinear(constant)`` gives in every branch, ``[M, ...]``."""
+    integers, scale = quantized_constant(step, heads)
+    return np.asarray(integers.astype(np.float32) * scale, np.float32)
+
+
+def quantized_constant(step: Step, heads: int) -> tuple[Array, npt.NDArray[np.float32]]:
+    """Integers ``[M, ...]`` of ``DequantizeLinear(constant)``, and their scale, broadcastable."""
     weight = np.stack(constants(step.inputs[0], heads))
     scale = np.stack(constants(step.inputs[1], heads)).astype(np.float32)
-    if weight.dtype != np.int8:
-        raise UnsupportedError(f"weights are quantized to {weight.dtype}, not int8")
     _require_zero_points(step, heads)
     if step.nodes[0].attrs.get("block_size", 0):
         raise UnsupportedError("weights are quantized in blocks")
-    if scale.ndim == 1:
+    if scale.size == heads:
         return weight, scale.reshape(heads, *(1,) * (weight.ndim - 1))
     axis = int(step.nodes[0].attrs.get("axis", 1)) % (weight.ndim - 1)
     shape = [heads, *(1,) * (weight.ndim - 1)]
@@ -317,42 +329,54 @@ def _matmul_of(
 ) -> Emitted:
     """One grouped matmul for ``alpha * x @ weight + beta * bias``; int8 when both sides are."""
     x, weight = product.inputs[0], product.inputs[1]
-    if rank_of(product.output) != 2:
+    if any(rank_of(tensor) != 2 for tensor in (product.nodes[0].inputs[0], product.output)):
         raise UnsupportedError(f"{product.op} of anything but [B, K] features")
-    width = int((product.output.shape or [0])[-1])
-    offset = np.zeros((stacker.heads, 1, width), np.float32)
-    if bias is not None:
-        arrays = constants(bias, stacker.heads)
-        try:
-            offset = offset + beta * np.stack(
-                [a.reshape(-1, a.shape[-1]) if a.ndim else a.reshape(1, 1) for a in arrays]
-            )
-        except ValueError as exc:
-            raise UnsupportedError(f"{product.op} has a bias that is no row of columns") from exc
-        if offset.shape[1] != 1:
-            raise UnsupportedError(f"{product.op} has a bias per sample")
-    quantized = isinstance(weight, Step) and weight.op == "DequantizeLinear"
-    if quantized:
-        assert isinstance(weight, Step)
+    if isinstance(weight, Step) and weight.op == "DequantizeLinear":
         values, scale = quantized_constant(weight, stacker.heads)
+        if values.dtype != np.int8:
+            raise UnsupportedError(f"weights are quantized to {values.dtype}, not int8")
         source, x_scale = _quantized_input(stacker, x)
         if transposed:
             values, scale = values.swapaxes(1, 2), scale.swapaxes(1, 2)
         if scale.shape[1] != 1:
             raise UnsupportedError("weights are quantized per input feature, not per output")
+        width = values.shape[-1]
         scale = np.broadcast_to(scale * np.float32(alpha), (stacker.heads, 1, width))
-        operands = [values, offset.astype(np.float32), scale.astype(np.float32), x_scale]
+        offset = _offset(stacker, bias, beta, width)
+        operands: list[Array] = [
+            values,
+            offset.astype(np.float32),
+            scale.astype(np.float32),
+            x_scale,
+        ]
         op = "QuantizedGroupedMatMul"
     else:
         source = stacker.emitted(x)
         values = np.stack(constants(weight, stacker.heads))
         if transposed:
             values = values.swapaxes(1, 2)
-        values = (values * alpha).astype(values.dtype) if alpha != 1.0 else values
+        offset = _offset(stacker, bias, beta, values.shape[-1])
+        # A Python float is a weak scalar: it does not change the dtype of the weights.
+        values = values if alpha == 1.0 else np.multiply(values, alpha)
         operands = [values, offset.astype(values.dtype)]
         op = "GroupedMatMul"
-    inputs = [source.tensor, *map(stacker.constant, operands)]
+    inputs = [source.tensor, *(stacker.constant(operand) for operand in operands)]
     return stacker.emit(op, inputs, step)
+
+
+def _offset(stacker: Stacker, bias: Value | None, beta: float, width: int) -> Array:
+    """``beta * bias`` as ``[M, 1, width]``."""
+    offset: Array = np.zeros((stacker.heads, 1, width), np.float32)
+    if bias is None:
+        return offset
+    if isinstance(bias, Step) and bias.op == "DequantizeLinear":
+        rows: Array = _dequantized(bias, stacker.heads)
+    else:
+        rows = np.stack(constants(bias, stacker.heads))
+    rows = rows.reshape(stacker.heads, -1, rows.shape[-1] if rows.ndim > 1 else 1)
+    if rows.shape[1] != 1 or rows.shape[2] not in (1, width):
+        raise UnsupportedError("a matmul adds more than one value per output column")
+    return offset + np.multiply(rows, beta)
 
 
 def _quantized_input(stacker: Stacker, x: Value | None) -> tuple[Emitted, npt.NDArray[np.float32]]:
@@ -368,24 +392,17 @@ def _quantized_input(stacker: Stacker, x: Value | None) -> tuple[Emitted, npt.ND
     scale = np.stack(constants(quantize.inputs[1], stacker.heads)).astype(np.float32)
     back = np.stack(constants(x.inputs[1], stacker.heads)).astype(np.float32)
     _require_int8(quantize.output)
-    if scale.ndim != 1 or not np.array_equal(scale, back):
+    if scale.size != stacker.heads or not np.array_equal(scale, back):
         raise UnsupportedError("activations are not quantized with one scale per branch")
+    scale = scale.reshape(-1)
     per_head = scale[0] if (scale == scale[0]).all() else scale.reshape(-1, 1, 1)
     return stacker.emitted(quantize.inputs[0]), np.asarray(per_head, np.float32)
 
 
 def _shared_quantized_input(tensor: gs.Tensor) -> tuple[Emitted, npt.NDArray[np.float32]]:
-    back = tensor.inputs[0] if tensor.inputs else None
-    quantize = back.inputs[0].inputs[0] if back is not None and back.inputs[0].inputs else None
-    if (
-        back is None
-        or quantize is None
-        or (quantize.op, back.op)
-        != (
-            "QuantizeLinear",
-            "DequantizeLinear",
-        )
-    ):
+    back = _writer(tensor, "DequantizeLinear")
+    quantize = _writer(back.inputs[0], "QuantizeLinear") if back is not None else None
+    if back is None or quantize is None:
         raise UnsupportedError("weights are quantized but the activations are not")
     _require_int8(back.inputs[0])
     scales = []
@@ -400,6 +417,11 @@ def _shared_quantized_input(tensor: gs.Tensor) -> tuple[Emitted, npt.NDArray[np.
         raise UnsupportedError("Q and DQ of the activations have different scales")
     source = quantize.inputs[0]
     return Emitted(source, rank_of(source), stacked=False), scales[0]
+
+
+def _writer(tensor: gs.Tensor, op: str) -> gs.Node | None:
+    """The node that computes ``tensor``, if it is an ``op``."""
+    return tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == op else None
 
 
 def _require_int8(tensor: gs.Tensor) -> None:

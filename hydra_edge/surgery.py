@@ -36,8 +36,9 @@ def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def fresh_name(graph: gs.Graph, stem: str) -> str:
-    """A tensor and node name starting with ``stem`` that ``graph`` does not use yet."""
-    taken = set(graph.tensors()) | {node.name for node in graph.nodes}
+    """A prefix starting with ``stem``; ``graph`` has no tensor or node of that name or below it."""
+    taken = {name.split("/")[0] for name in graph.tensors()}
+    taken |= {node.name.split("/")[0] for node in graph.nodes}
     index = 0
     while f"{stem}_{index}" in taken:
         index += 1

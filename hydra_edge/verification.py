@@ -133,6 +133,10 @@ def verify(
             f"The reference gives {list(expected.shape)} ([M, B, C]).",
             "Compare models with the same outputs.",
         )
+    if not np.all(np.isfinite(found)):
+        broken = int(np.argmin(np.isfinite(found).all(axis=(1, 2))))
+        failure = f"head {broken} gives NaN or infinity"
+        return Verification(found.shape[1], (), {}, {}, {}, (failure,), ("nothing else checked",))
     notes = []
     head_errors: tuple[float, ...] = ()
     if len(found) == len(expected):
@@ -155,8 +159,6 @@ def verify(
         *_quality_failures(metrics, reference_metrics, gates),
         *(_diversity_failures(drift, gates) if len(expected) > 1 else ()),
     ]
-    if not np.all(np.isfinite(found)):
-        failures.append("outputs are not finite")
     return Verification(
         samples=found.shape[1],
         head_errors=head_errors,

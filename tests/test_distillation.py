@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import Dataset, IterableDataset
 
 from hydra_edge import tasks
 from hydra_edge.distillation import DistillationConfig, distill
@@ -61,6 +62,7 @@ class Samples(Dataset[object]):
 
     def __init__(self, data: torch.Tensor, interrupt: float = float("inf")) -> None:
         self.data, self.interrupt, self.reads = data, interrupt, 0
+        self.order: list[int] = []
 
     def __len__(self) -> int:
         return len(self.data)
@@ -69,6 +71,7 @@ class Samples(Dataset[object]):
         self.reads += 1
         if self.reads > self.interrupt:
             raise KeyboardInterrupt
+        self.order.append(index)
         return self.data[index], 0
 
 
@@ -101,10 +104,10 @@ def test_the_student_matches_the_moments_of_a_heteroscedastic_ensemble() -> None
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
     student = Hydra(body, mlp_heads(5, 32, 2, (16,), "tanh"), "regression")
-    data = torch.linspace(-2, 2, 128)[:, None]
+    data = torch.linspace(-2, 2, 1024)[:, None]
     config = DistillationConfig(
-        epochs_mean=60,
-        epochs_heads=200,
+        epochs_mean=6,
+        epochs_heads=25,
         batch_size=32,
         learning_rate=1e-2,
         learning_rate_heads=1e-2,
@@ -130,9 +133,9 @@ def test_every_head_imitates_its_own_member(data: torch.Tensor) -> None:
     ensemble = Ensemble(linear_heads(3, FEATURES, CLASSES)).train()
     student = Hydra(nn.Identity(), linear_heads(3, FEATURES, CLASSES))
     config = dataclasses.replace(
-        SHORT, epochs_heads=150, learning_rate_heads=5e-2, temperature=4.0, weight_decay=0
+        SHORT, epochs_heads=15, learning_rate_heads=5e-2, temperature=4.0, weight_decay=0
     )
-    trained = distill(ensemble, student, data, config, progress=False)
+    trained = distill(ensemble, student, data.repeat(10, 1), config, progress=False)
     ours, theirs = trained(data).softmax(-1), ensemble(data).softmax(-1)
     distances = (ours[:, None] - theirs[None]).abs().amax((-1, -2))
     assert distances.diagonal().max() < 0.02
@@ -150,8 +153,8 @@ def test_fewer_heads_share_the_members_in_turn(data: torch.Tensor) -> None:
     logits = [(0.0, 2.0), (0.0, -2.0), (0.0, 0.0), (0.0, -1.0), (0.0, 1.0)]
     ensemble = Ensemble([constant(*pair) for pair in logits])
     student = Hydra(nn.Identity(), linear_heads(2, FEATURES, 2))
-    config = dataclasses.replace(SHORT, epochs_heads=150, learning_rate_heads=5e-2, weight_decay=0)
-    trained = distill(ensemble, student, data, config, progress=False)
+    config = dataclasses.replace(SHORT, epochs_heads=15, learning_rate_heads=5e-2, weight_decay=0)
+    trained = distill(ensemble, student, data.repeat(10, 1), config, progress=False)
     prob = ensemble(data).softmax(-1)
     groups = torch.stack([prob[0::2].mean(0), prob[1::2].mean(0)])
     torch.testing.assert_close(trained(data).softmax(-1), groups, atol=0.02, rtol=0)
@@ -160,17 +163,44 @@ def test_fewer_heads_share_the_members_in_turn(data: torch.Tensor) -> None:
 def test_the_first_phase_trains_one_head_towards_the_mean(data: torch.Tensor) -> None:
     """With a vanishing rate in the second phase, all heads are still the one of the first."""
     config = dataclasses.replace(
-        SHORT, epochs_mean=150, epochs_heads=1, learning_rate=5e-2, learning_rate_heads=1e-12
+        SHORT, epochs_mean=15, epochs_heads=1, learning_rate=5e-2, learning_rate_heads=1e-12
     )
     ensemble = make_ensemble().eval()
     student = Hydra(nn.Identity(), linear_heads(4, FEATURES, CLASSES))
-    trained = distill(ensemble, student, data, config, progress=False)
+    trained = distill(ensemble, student, data.repeat(10, 1), config, progress=False)
     prob = trained(data).softmax(-1)
     torch.testing.assert_close(prob[0], ensemble(data).softmax(-1).mean(0), atol=0.05, rtol=0)
     torch.testing.assert_close(prob[0].expand_as(prob), prob, atol=1e-6, rtol=0)
     config = dataclasses.replace(config, epochs_mean=1, warmstart_heads=False, weight_decay=0)
     trained = distill(ensemble, student, data, config, progress=False)
     torch.testing.assert_close(trained.heads[2].weight, student.heads[2].weight)
+
+
+def test_schedule_clipping_and_shuffling(data: torch.Tensor) -> None:
+    rates, norms = [], []
+
+    def watch(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        (group,) = optimizer.param_groups
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        rates.append(group["lr"])
+        norms.append(nn.utils.get_total_norm(gradients).item())
+
+    config = dataclasses.replace(ONLINE, learning_rate_heads=3e-3, gradient_clip=0.01)
+    samples = Samples(data)
+    hook = register_optimizer_step_pre_hook(watch)
+    try:
+        distill(make_ensemble(), make_student(), samples, config, progress=False)
+    finally:
+        hook.remove()
+    cosines = [
+        rate * 0.5 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+        for rate, steps in ((1e-2, 2 * 3), (3e-3, 3 * 3))
+    ]
+    np.testing.assert_allclose(rates, np.concatenate(cosines))
+    np.testing.assert_allclose(norms, 0.01, rtol=1e-3)
+    epochs = np.reshape(samples.order[2:], (5, SAMPLES))
+    assert (np.sort(epochs) == np.arange(SAMPLES)).all()
+    assert len(np.unique(epochs, axis=0)) == 5
 
 
 # What goes in, and what stays as it was
@@ -193,6 +223,8 @@ def test_arguments_and_random_state_stay_as_they_were(data: torch.Tensor) -> Non
         assert_equal(trained, student)
 
 
+# Python 3.12 and later warn whenever a process with threads forks, as the DataLoader's workers do.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_the_kinds_of_data_give_one_result(data: torch.Tensor) -> None:
     expected = distill(make_ensemble(), make_student(), data, SHORT, progress=False)
     same: list[object] = [data.numpy(), data.numpy().astype(np.float64), (data,), Samples(data)]
@@ -340,6 +372,32 @@ def test_partly_written_teacher_outputs_are_continued(data: torch.Tensor, tmp_pa
     np.testing.assert_allclose(np.load(outputs), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_note_without_its_partial_outputs_is_ignored(data: torch.Tensor, tmp_path: Path) -> None:
+    arguments = (make_ensemble(), make_student(), data, SHORT)
+    distill(*arguments, workdir=tmp_path, progress=False)
+    (outputs,) = tmp_path.glob("teacher-*.npy")
+    expected = np.load(outputs)
+    outputs.unlink()
+    outputs.with_suffix(".part.json").write_text("24")
+    (tmp_path / "checkpoint.safetensors").unlink()
+    distill(*arguments, workdir=tmp_path, progress=False)
+    np.testing.assert_array_equal(np.load(outputs), expected)
+
+
+def test_memory_addresses_do_not_make_another_run(data: torch.Tensor, tmp_path: Path) -> None:
+    class Addressed(nn.Identity):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = object()
+
+        def extra_repr(self) -> str:
+            return repr(self.kept)
+
+    for _ in range(2):
+        student = Hydra(Addressed(), linear_heads(4, FEATURES, CLASSES))
+        distill(make_ensemble(), student, data, SHORT, workdir=tmp_path, progress=False)
+
+
 def test_a_finished_run_returns_at_once(data: torch.Tensor, tmp_path: Path) -> None:
     ensemble, student = make_ensemble(), make_student()
     first = distill(ensemble, student, data, SHORT, workdir=tmp_path / "run", progress=False)
@@ -477,7 +535,16 @@ def test_data_that_cannot_be_used(data: torch.Tensor) -> None:
         def __getitem__(self, index: int) -> tuple[object, int]:
             return torch.randn(FEATURES), 0
 
+    class Stream(IterableDataset[object]):
+        def __iter__(self) -> Iterator[object]:
+            return iter(data)
+
+        def __len__(self) -> int:
+            return SAMPLES
+
     refused("data is a Unsized", *models, Unsized())
+    refused("data is a Stream", *models, Stream())
+    refused("sample's input is a ndarray", *models, np.array(["a", "b"]))
     refused("sample's input is a str", *models, Text(data))
     refused("Reading the dataset twice.*Set teacher='online'", *models, Random(data))
     distill(*models, Random(data), dataclasses.replace(ONLINE, epochs_heads=1), progress=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,16 @@ def load_arrays(path: str | Path) -> dict[str, Array]:
         if isinstance(loaded, np.ndarray):
             return {"": loaded}
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as exc:
+            arrays = {name: loaded[name] for name in loaded.files}
+        odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if odd:
+            raise ValueError(f"its member '{odd[0]}' is no array")
+        return arrays
+    # A header may claim any size (MemoryError); an encrypted zip raises RuntimeError.
+    except (
+        *(ValueError, OSError, EOFError, KeyError, MemoryError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as exc:
         raise ArtifactError(
             f"'{path}' is not a usable .npy or .npz file.",
             f"Reading it failed: {str(exc).rstrip('.')}.",
@@ -85,6 +95,16 @@ def to_numpy(value: object, name: str) -> Array:
             "Pass a numpy array, a torch tensor or any DLPack array.",
         )
     return array
+
+
+def any_batch(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """``specs`` for callers that split and pad: a fixed axis 0 may have any size."""
+    return tuple(
+        replace(spec, shape=("batch", *spec.shape[1:]))
+        if spec.shape and isinstance(spec.shape[0], int)
+        else spec
+        for spec in specs
+    )
 
 
 def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:

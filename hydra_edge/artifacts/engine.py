@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +115,11 @@ class Engine:
     def size_bytes(self) -> int:
         """Bytes of the compiled programs alone."""
         return sum(len(program.payload) for program in self.programs.values())
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs of the main program, or of the first one."""
+        return (self.programs.get(MAIN) or next(iter(self.programs.values()))).inputs
 
     def to_bytes(self) -> bytes:
         """The ``.hydra`` file: the same engine always gives the same bytes."""
@@ -249,7 +254,10 @@ class _Reader:
             )
         except HydraError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as exc:
+        except (
+            *(ValueError, TypeError, KeyError, AttributeError, IndexError),
+            *(OverflowError, RecursionError),
+        ) as exc:
             self.refuse(f"Its manifest is not complete: {exc!r}.")
 
     def _check_digests(self, digests: Mapping[str, str]) -> None:
@@ -261,7 +269,7 @@ class _Reader:
             if sha256(self.members[name]) != digest:
                 self.refuse(f"Its member '{name}' does not have the recorded sha256.")
 
-    def _program(self, name: str, entry: Mapping[str, list[str]]) -> Program:
+    def _program(self, name: str, entry: Mapping[str, Any]) -> Program:
         if not _NAME.fullmatch(name):
             self.refuse(f"'{name}' is not a program name.")
         low, best, high = (int(value) for value in entry["batch"])
@@ -280,10 +288,10 @@ class _Reader:
             batch=(low, best, high),
             optional=tuple(entry["optional"]),
             lowering=str(entry["lowering"]),
-            lowering_ms={str(k): float(v) for k, v in dict(entry["lowering_ms"]).items()},
+            lowering_ms={str(k): float(v) for k, v in entry["lowering_ms"].items()},
             graph=Graph.parse(self.members[f"graphs/{name}.onnx"], f"{self.origin}:graphs/{name}"),
             payload=self.members[f"programs/{name}.bin"],
-            golden=Golden(golden["inputs"], golden["outputs"], float(str(entry["tolerance"]))),
+            golden=Golden(golden["inputs"], golden["outputs"], float(entry["tolerance"])),
         )
 
     def _npy(self, member: str) -> Array:
@@ -300,7 +308,7 @@ class _Reader:
 
 def _to_npy(array: Array) -> bytes:
     stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), (1, 0), allow_pickle=False)
+    np.lib.format.write_array(stream, np.asarray(array, order="C"), (1, 0), allow_pickle=False)
     return stream.getvalue()
 
 

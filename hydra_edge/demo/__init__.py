@@ -233,6 +233,7 @@ def _checks(
     int8, fp32 = engines[STUDENT], engines[STUDENT_FP32]
     assert isinstance(int8, Engine)
     assert isinstance(fp32, Engine)
+    rows = {row.label: row for row in report.sessions}
     sets = {"test": data.test, **shifted}
     union = np.concatenate(list(sets.values()))
     own = verify(int8, graphs["student"], union)
@@ -259,7 +260,7 @@ def _checks(
         checks.append(Check(f"mutual information over the ensemble's, {name}", ratio, "0.5 to 1.5", passed))
     for name in shifted:
         key = f"ood_auroc_{name}"
-        gap = abs(report.quality[STUDENT][key] - report.quality[MERGED][key])
+        gap = abs(rows[STUDENT].quality[key] - rows[MERGED].quality[key])
         checks.append(_at_most(f"OOD AUROC away from the ensemble's, {name}", gap, 0.05))
     checks += [
         _at_most(
@@ -273,8 +274,7 @@ def _checks(
             0.95,
         ),
     ]
-    flops = {row.label: row.flops_per_sample for row in report.sessions}
-    ratio = flops[MERGED] / flops[STUDENT]
+    ratio = float(str(rows[MERGED].flops_per_sample)) / float(str(rows[STUDENT].flops_per_sample))
     for batch in report.protocol.batches:
         strongest = min(speedup(report, STUDENT, label, batch) for label in (MERGED, MERGED_INT8, SESSIONS))
         checks.append(

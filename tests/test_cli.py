@@ -1,0 +1,281 @@
+"""Every verb on good input, every verb on bad input: exit codes, messages, and files left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+from typer.testing import CliRunner, Result
+
+import hydra_edge as he
+from hydra_edge.cli import app
+from hydra_edge.exporting import summarize
+
+FEATURES, HIDDEN, CLASSES, HEADS, SAMPLES = 12, 16, 4, 3, 120
+VERBS = (
+    "demo export quantize fuse merge compile verify bench run inspect targets doctor".split()
+)
+
+
+def hydra(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def network(heads: int, rng: np.random.Generator) -> he.Graph:
+    """A body and ``heads`` MLP heads, as an exporter writes them: Gemm, Relu, Unsqueeze, Concat."""
+    lines = ["f = Gemm(input, w, b)", "r = Relu(f)"]
+    weights = {"w": (FEATURES, HIDDEN), "b": (HIDDEN,)}
+    for m in range(heads):
+        lines += [
+            f"h{m} = Gemm(r, w{m}, b{m})",
+            f"a{m} = Relu(h{m})",
+            f"l{m} = Gemm(a{m}, v{m}, c{m})",
+            f"u{m} = Unsqueeze(l{m}, axes)",
+        ]
+        weights |= {
+            f"w{m}": (HIDDEN, HIDDEN),
+            f"b{m}": (HIDDEN,),
+            f"v{m}": (HIDDEN, CLASSES),
+            f"c{m}": (CLASSES,),
+        }
+    lines.append(f"head_logits = Concat <axis = 0> ({', '.join(f'u{m}' for m in range(heads))})")
+    body = "\n".join(lines)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        g (float[batch, {FEATURES}] input) => (float[{heads}, batch, {CLASSES}] head_logits)
+        <int64[1] axes = {{0}}> {{ {body} }}"""
+    )
+    for name, shape in weights.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return summarize(he.Graph(model), "classification", "head_logits")
+
+
+def member(rng: np.random.Generator) -> he.Graph:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        g (float[batch, {FEATURES}] input) => (float[batch, {CLASSES}] logits) {{
+        logits = MatMul(input, w) }}"""
+    )
+    weight = rng.standard_normal((FEATURES, CLASSES)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    return he.Graph(model)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    network(HEADS, rng).save(folder / "student.onnx")
+    for index in range(HEADS):
+        member(rng).save(folder / f"member{index}.onnx")
+    x = rng.standard_normal((SAMPLES, FEATURES)).astype(np.float32)
+    np.savez(folder / "test.npz", input=x, labels=rng.integers(0, CLASSES, SAMPLES))
+    np.savez(folder / "calibration.npz", input=x)
+    np.savez(folder / "shifted.npz", input=x * 3)
+    np.savez(folder / "wrong.npz", input=x[:, :5])
+    np.save(folder / "input.npy", x[:5])
+    (folder / "text.onnx").write_text("hello\n")
+    (folder / "text.hydra").write_text("hello\n")
+    (folder / "text.npz").write_text("hello\n")
+    data = (folder / "student.onnx").read_bytes()
+    (folder / "corrupt.onnx").write_bytes(data[: len(data) // 2])
+    compiled = hydra("compile", folder / "student.onnx", "-o", folder / "student.hydra")
+    assert compiled.exit_code == 0, compiled.output
+    return folder
+
+
+def test_the_steps_one_by_one(files: Path, tmp_path: Path) -> None:
+    int8, fused, engine = (tmp_path / name for name in ("a.onnx", "b.onnx", "c.hydra"))
+    done = hydra(
+        "quantize", files / "student.onnx", "--calibration", files / "calibration.npz", "-o", int8
+    )
+    assert done.exit_code == 0, done.output
+    done = hydra("fuse", int8, "-o", fused, "--json")
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    assert shown["precision"] == "int8"
+    assert shown["fusion"][0].startswith("3 heads from ")
+    assert "fused DequantizeLinear → Gemm" in shown["fusion"][0]
+    assert hydra("compile", fused, "-o", engine, "--threads", 1).exit_code == 0
+    shown = json.loads(hydra("inspect", engine, "--json").stdout)
+    assert (shown["kind"], shown["precision"], shown["heads"]) == ("model", "int8", HEADS)
+
+
+def test_compile_quantizes_fuses_and_verifies(files: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "int8.hydra"
+    done = hydra(
+        "compile", files / "student.onnx", "--precision", "int8",
+        "--calibration", files / "calibration.npz", "--data", files / "test.npz", "-o", engine,
+        "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    metrics = json.loads(done.stdout)["metrics"]
+    assert metrics["mi_rank_correlation"] > 0.95
+    assert {"p50_ms", "p50_ms_fp32_twin", "accuracy"} <= set(metrics)
+    done = hydra("verify", engine, "--against", files / "student.onnx", "--data", files / "test.npz")
+    assert done.exit_code == 0, done.output
+    assert "passed on 120 samples" in done.stdout
+
+
+def test_verify_fails_with_exit_code_3(files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    network(HEADS, np.random.default_rng(9)).save(other)
+    done = hydra("verify", other, "--against", files / "student.onnx", "--data", files / "test.npz")
+    assert done.exit_code == 3
+    assert "Verification failed" in done.stderr
+    done = hydra(
+        "verify", other, "--against", files / "student.onnx", "--data", files / "test.npz", "--json"
+    )
+    assert done.exit_code == 3
+    assert json.loads(done.stdout.splitlines()[0])["failures"]
+
+
+def test_merge_run_and_bench(files: Path, tmp_path: Path) -> None:
+    members = [files / f"member{index}.onnx" for index in range(HEADS)]
+    merged, engine = tmp_path / "ensemble.onnx", tmp_path / "ensemble.hydra"
+    assert hydra("merge", *members, "-o", merged).exit_code == 0
+    assert hydra("compile", merged, "-o", engine).exit_code == 0
+    out = tmp_path / "prediction.npz"
+    done = hydra("run", engine, files / "input.npy", "-o", out, "--head-logits")
+    assert done.exit_code == 0, done.output
+    with np.load(out) as arrays:
+        assert arrays["mean_prob"].shape == (5, CLASSES)
+        assert arrays["head_logits"].shape == (HEADS, 5, CLASSES)
+    reports = [tmp_path / f"report.{kind}" for kind in ("html", "md", "json")]
+    options = [part for path in reports for part in ("--report", path)]
+    done = hydra(
+        "bench", files / "student.hydra", "--against", engine, "--data", files / "test.npz",
+        "--shifted", f"tripled={files / 'shifted.npz'}", "--batches", "1", "--threads", 1,
+        "--min-speedup", "1000000", *options,
+    )  # fmt: skip
+    assert done.exit_code == 5, done.output
+    assert "times as fast as 'ensemble' at batch 1" in done.stderr
+    assert all(path.stat().st_size > 0 for path in reports)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    done = hydra(verb, "--help")
+    assert done.exit_code == 0
+    assert "Usage:" in done.stdout
+
+
+def test_targets_and_doctor() -> None:
+    assert "cpu" in json.loads(hydra("targets", "--json").stdout)
+    done = hydra("doctor", "--json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["onnxruntime"].startswith(he.compilation.backends.find("onnxruntime").versions()["onnxruntime"])
+
+
+@pytest.mark.parametrize("bad", ["missing.onnx", ".", "text.onnx", "corrupt.onnx"])
+@pytest.mark.parametrize("verb", ["quantize", "fuse", "compile", "merge", "inspect"])
+def test_bad_graphs(files: Path, tmp_path: Path, verb: str, bad: str) -> None:
+    out = tmp_path / "out"
+    out.write_text("precious")
+    options = [] if verb == "inspect" else ["-o", out]
+    done = hydra(verb, files / bad, *options)
+    assert done.exit_code == 1, done.output
+    assert done.stderr.startswith("error: ")
+    assert "why: " in done.stderr
+    assert "fix: " in done.stderr
+    assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("bad", ["missing.hydra", ".", "text.hydra", "student.onnx"])
+def test_bad_engines(files: Path, bad: str) -> None:
+    for arguments in (
+        ("run", files / bad, files / "input.npy"),
+        ("bench", files / bad, "--data", files / "test.npz"),
+    ):
+        done = hydra(*arguments)
+        assert done.exit_code == 1, done.output
+        assert "fix: " in done.stderr
+
+
+@pytest.mark.parametrize("bad", ["missing.npz", ".", "text.npz", "wrong.npz"])
+def test_bad_data(files: Path, tmp_path: Path, bad: str) -> None:
+    engine, graph = files / "student.hydra", files / "student.onnx"
+    for arguments in (
+        ("run", engine, files / bad),
+        ("verify", engine, "--against", graph, "--data", files / bad),
+        ("bench", engine, "--data", files / bad),
+        ("quantize", graph, "--calibration", files / bad, "-o", tmp_path / "x.onnx"),
+        ("compile", graph, "--data", files / bad, "-o", tmp_path / "x.hydra"),
+    ):
+        done = hydra(*arguments)
+        assert done.exit_code == 1, (arguments, done.output)
+        assert "fix: " in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "student.onnx", "-o", "o"], 1, "int8 needs calibration data"),
+        (["quantize", "student.onnx", "--precision", "int7", "-o", "o"], 1, "Unknown precision"),
+        (["compile", "student.onnx", "--target", "toaster", "-o", "o"], 1, "Unknown target"),
+        (["compile", "student.onnx", "--batch", "1,8", "-o", "o"], 1, "--batch names 2 sizes"),
+        (["compile", "student.onnx", "--batch", "a", "-o", "o"], 1, "--batch is 'a'"),
+        (["compile", "student.onnx", "--lowering", "x", "-o", "o"], 1, "Unknown lowering"),
+        (["compile", "student.onnx", "-o", "no/such/folder/o"], 1, "Cannot write"),
+        (["merge", "member0.onnx", "student.onnx", "-o", "o"], 1, "its logits are not clear"),
+        (["export", "nothing", "--example", "1x2", "-o", "o"], 1, "nothing"),
+        (["export", "os.path:join", "--example", "axb", "-o", "o"], 1, "join"),
+        (["bench", "student.hydra", "--data", "test.npz", "--report", "r.pdf"], 1, "report format"),
+        (["bench", "student.hydra", "--data", "test.npz", "--shifted", "x"], 1, "names no file"),
+        (["run"], 2, "Missing argument"),
+        (["compile", "student.onnx"], 2, "Missing option"),
+        (["fly"], 2, "No such command"),
+    ],
+)
+def test_messages(
+    files: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
+    monkeypatch.chdir(files)
+    done = hydra(*arguments)
+    assert done.exit_code == code, done.output
+    assert message.lower() in done.stderr.lower()
+    assert not Path("o").exists()
+
+
+def test_errors_are_json_on_request(files: Path) -> None:
+    done = hydra("inspect", files / "text.onnx", "--json")
+    assert done.exit_code == 1
+    assert set(json.loads(done.stdout)["error"]) == {"type", "what", "why", "fix"}
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from hydra_edge.cli import app; "
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
+        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ctrl_c_says_so_and_leaves_no_file(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.hydra"
+    code = (
+        "import sys, hydra_edge.compilation as c\n"
+        "def stop(*a, **k): raise KeyboardInterrupt\n"
+        "c.lowering.lower = stop\n"
+        "from hydra_edge.cli import main\n"
+        f"sys.argv = ['hydra-edge', 'compile', {str(files / 'student.onnx')!r}, '-o', {str(out)!r}]\n"
+        "main()"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "interrupted: no file was half written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+    assert time.monotonic() - started < 60
