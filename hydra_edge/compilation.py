@@ -130,14 +130,14 @@ def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, 
                 "Export the model with typed, numeric inputs and outputs.",
             )
     batches = {spec.shape[0] if spec.shape else None for spec in graph.inputs}
-    fixed = {size for size in batches if not isinstance(size, str)}
-    if None in fixed or (fixed and len(batches) > 1):
+    fixed = {size for size in batches if isinstance(size, int)}
+    if None in batches or (fixed and len(batches) > 1):
         raise CompilationError(
             f"The inputs are {'; '.join(map(str, graph.inputs))}.",
             "Axis 0 of every input is the batch: all sizes are open, or all are the same.",
             "Export the model with a batch axis on every input.",
         )
-    return (int(fixed.pop()),) * 3 if fixed else wanted
+    return (fixed.pop(),) * 3 if fixed else wanted
 
 
 def _candidates(

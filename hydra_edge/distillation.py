@@ -20,38 +20,40 @@ import hashlib
 import json
 import logging
 import math
-import os
-import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader
 
 from hydra_edge import tasks
 from hydra_edge.artifacts.files import write_atomic
 from hydra_edge.ensembles import Ensemble, Hydra, tensor_state
-from hydra_edge.errors import ArtifactError, DistillationError, HydraError, InputError, require
+from hydra_edge.errors import ArtifactError, DistillationError, InputError, require
+from hydra_edge.preflight import architecture, check_outputs, check_request
+from hydra_edge.transfer import (
+    Data,
+    Inputs,
+    Outputs,
+    TransferSet,
+    check_finite,
+    chunks,
+    hash_tensors,
+    teacher_outputs,
+)
 
-Array: TypeAlias = npt.NDArray[np.generic] | torch.Tensor
-Data: TypeAlias = Array | tuple[Array, ...] | Dataset[object]
 Augment: TypeAlias = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
-_Inputs: TypeAlias = tuple[torch.Tensor, ...]
-_Outputs: TypeAlias = np.memmap[Any, np.dtype[np.float32]]
 
 _CHECKPOINT = "checkpoint.safetensors"
-_HASHED_SAMPLES = 64
 _log = logging.getLogger(__name__)
 
 
@@ -67,6 +69,10 @@ class DistillationConfig:
         learning_rate: AdamW's rate at the start of the first phase; a cosine takes it to 0.
         learning_rate_heads: The same for the second phase.
         temperature: Softens classification logits; published runs use 3 to 8. Regression needs 1.
+            With several, the loss is their mean: a high one shows what members say about unlikely
+            classes, 1 keeps the probabilities that uncertainty is computed from.
+        disagreement_weight: Weight, in the second phase, of how far the size of the heads'
+            disagreement is from the members'; see `Task.disagreement_loss`. 0 is the paper's loss.
         weight_decay: AdamW's decoupled weight decay.
         gradient_clip: Largest norm of the gradient; None for no limit.
         seed: Of shuffling, augmentation and dropout; the initial weights are the student's own.
@@ -86,7 +92,8 @@ class DistillationConfig:
     batch_size: int = 128
     learning_rate: float = 1e-3
     learning_rate_heads: float = 1e-3
-    temperature: float = 1.0
+    temperature: float | tuple[float, ...] = 1.0
+    disagreement_weight: float = 0.0
     weight_decay: float = 1e-4
     gradient_clip: float | None = 5.0
     seed: int = 0
@@ -95,19 +102,32 @@ class DistillationConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     workers: int = 0
 
+    @property
+    def copies_head(self) -> bool:
+        """Whether head 0 becomes all heads after the first phase."""
+        return self.warmstart_heads and self.epochs_mean > 0
+
     def __post_init__(self) -> None:
         least = {"epochs_mean": 0, "epochs_heads": 1, "batch_size": 1, "seed": 0, "workers": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             self._require(name, value >= minimum, f"an integer of {minimum} or more")
-        for name in ("learning_rate", "learning_rate_heads", "temperature", "gradient_clip"):
+        positive = self.temperatures and all(0 < value < math.inf for value in self.temperatures)
+        self._require("temperature", positive, "one or more finite numbers above 0")
+        for name in ("learning_rate", "learning_rate_heads", "gradient_clip"):
             value = getattr(self, name)
             unset = name == "gradient_clip" and value is None
             self._require(name, unset or 0 < value < math.inf, "a finite number above 0")
-        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "a number of 0 or more")
+        for name in ("weight_decay", "disagreement_weight"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number of 0 or more")
         choices = {"teacher": ("cached", "online"), "mixed_precision": ("no", "fp16", "bf16")}
         for name, allowed in choices.items():
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """`temperature` as a tuple."""
+        return self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -156,8 +176,15 @@ def distill(
 
     Source: Tran et al. 2020, arXiv 2001.04694.
     """
-    inputs = _TransferSet(data)
-    _check_request(ensemble, student, inputs, config, augment)
+    inputs = TransferSet(data)
+    check_request(
+        ensemble,
+        student,
+        inputs,
+        cached=config.teacher == "cached",
+        augmented=augment is not None,
+        copies_head=config.copies_head,
+    )
     accelerator = _accelerator(config)
     device: torch.device = accelerator.device
     home = _device_of(student)
@@ -165,7 +192,7 @@ def distill(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_callers_random_state(device))
         stack.enter_context(_evaluating(ensemble, device))
-        shape = _check_outputs(ensemble, student, inputs, config.temperature, device)
+        shape = check_outputs(ensemble, student, inputs, config.temperatures, device)
         folder = stack.enter_context(_folder(workdir))
         bar = stack.enter_context(_progress_bar(progress))
         run = _Run(config, ensemble, student, inputs, augment, folder, accelerator, bar)
@@ -173,71 +200,18 @@ def distill(
     return student.to(home).eval()
 
 
-class _TransferSet(Dataset[_Inputs]):
-    """Any accepted data as a map-style dataset of tuples, one tensor per input of the model."""
-
-    def __init__(self, data: Data) -> None:
-        parts = data if isinstance(data, tuple) else (data,)
-        self.arrays = tuple(part for part in parts if isinstance(part, (np.ndarray, torch.Tensor)))
-        self.dataset: Any = data
-        if parts and len(self.arrays) == len(parts):
-            lengths = {len(array) if array.ndim else 0 for array in self.arrays}
-        elif (
-            isinstance(data, Dataset)
-            and hasattr(data, "__len__")
-            and not isinstance(data, IterableDataset)
-        ):
-            self.arrays, lengths = (), {len(data)}
-        else:
-            raise InputError(
-                f"The data is a {type(data).__name__}.",
-                "Samples are visited by number, in a new order every epoch.",
-                "Give a numpy array, a tensor, a tuple of them or a map-style torch Dataset.",
-            )
-        if len(lengths) > 1 or 0 in lengths:
-            raise InputError(
-                f"The inputs hold {' and '.join(map(str, sorted(lengths)))} samples.",
-                "Sample n of every input goes into the model together, and there is at least one.",
-                "Give all inputs the same first axis.",
-            )
-        (self.length,) = lengths
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> _Inputs:
-        sample = self.dataset[index]
-        first = sample[0] if isinstance(sample, (tuple, list)) else sample
-        return tuple(map(_tensor, first if isinstance(first, (tuple, list)) else (first,)))
-
-    def __getitems__(self, indices: Sequence[int]) -> _Inputs:
-        """One batch, each input ``[B, …]``; the hook through which `DataLoader` fetches batches."""
-        if self.arrays:
-            return tuple(_tensor(array[list(indices)]) for array in self.arrays)
-        return tuple(default_collate([self[index] for index in indices]))
-
-    def digest(self, content: bool) -> str:
-        """Hash of the length and, on request, of all arrays or of some samples of a dataset."""
-        hasher = hashlib.sha256(str(len(self)).encode())
-        spread = np.linspace(0, len(self) - 1, min(_HASHED_SAMPLES, len(self))).astype(int)
-        indices = range(len(self)) if self.arrays else spread.tolist()
-        for chunk in _chunks(indices, 1024) if content else ():
-            _hash(hasher, self.__getitems__(chunk))
-        return hasher.hexdigest()
-
-
 @dataclass
 class _Run:
     config: DistillationConfig
     ensemble: Ensemble
     student: Hydra
-    inputs: _TransferSet
+    inputs: TransferSet
     augment: Augment | None
     folder: Path
     accelerator: Any
     bar: Progress
     identity: Mapping[str, str] = field(default_factory=dict)
-    cached: _Outputs | None = None
+    cached: Outputs | None = None
 
     def train(self, teacher_shape: tuple[int, ...]) -> None:
         """Run what is left of both phases; the members' outputs have shape ``[M, N, C]``."""
@@ -253,8 +227,17 @@ class _Run:
             if phase < reached or done == epochs:
                 continue
             if config.teacher == "cached" and self.cached is None:
-                self.cached = self._teacher_outputs(teacher_shape)
-            if phase == 1 and done == 0 and config.epochs_mean and config.warmstart_heads:
+                name = hashlib.sha256((self.identity["data"] + self.identity["ensemble"]).encode())
+                self.cached = teacher_outputs(
+                    self.ensemble,
+                    self.inputs,
+                    self.folder / f"teacher-{name.hexdigest()[:16]}.npy",
+                    teacher_shape,
+                    config.batch_size,
+                    self.accelerator.device,
+                    self.bar,
+                )
+            if phase == 1 and done == 0 and config.copies_head:
                 for head in student.heads[1:]:
                     head.load_state_dict(student.heads[0].state_dict())
             parameters = [p for p in student.parameters() if p.requires_grad]
@@ -302,7 +285,7 @@ class _Run:
             x = tuple(part.to(device) for part in x)
             target = self._target(indices, x)
             with self.accelerator.autocast():
-                loss = _step_loss(self.student, phase, x, target, config.temperature)
+                loss = _step_loss(self.student, phase, x, target, config)
             if not torch.isfinite(loss):
                 raise DistillationError(
                     f"The loss is {loss.item()} in phase {phase + 1}, epoch {epoch + 1}, "
@@ -322,61 +305,25 @@ class _Run:
             nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
         optimizer.step()
 
-    def _target(self, indices: Sequence[int], x: _Inputs) -> torch.Tensor:
+    def _target(self, indices: Sequence[int], x: Inputs) -> torch.Tensor:
         if self.cached is not None:
             return torch.from_numpy(self.cached[:, indices]).to(self.accelerator.device)
         with torch.no_grad():
-            return _finite(self.ensemble(*x).float(), indices)
-
-    def _teacher_outputs(self, shape: tuple[int, ...]) -> _Outputs:
-        """The members' outputs ``[M, N, C]``, memory-mapped; computes what is not on disk yet."""
-        name = hashlib.sha256((self.identity["data"] + self.identity["ensemble"]).encode())
-        path = self.folder / f"teacher-{name.hexdigest()[:16]}.npy"
-        if not path.exists():
-            self._write_teacher_outputs(path, shape)
-        return _open_array(path, shape, "r")
-
-    def _write_teacher_outputs(self, path: Path, shape: tuple[int, ...]) -> None:
-        partial, progress = path.with_suffix(".part.npy"), path.with_suffix(".part.json")
-        if not partial.exists():
-            progress.unlink(missing_ok=True)
-        done: int = json.loads(progress.read_text()) if progress.exists() else 0
-        size = 4 * math.prod(shape) * (shape[1] - done) // shape[1]
-        if shutil.disk_usage(self.folder).free < size:
-            raise DistillationError(
-                f"The teacher's outputs need {size / 2**20:.1f} MiB more in '{self.folder}'.",
-                "The disk has less free space than that.",
-                "Choose another workdir, or set teacher='online'.",
-            )
-        outputs = _open_array(partial, shape, "r+" if done else "w+")
-        row = self.bar.add_task("teacher", total=shape[1], completed=done, loss="")
-        for indices in _chunks(range(done, shape[1]), self.config.batch_size):
-            x = tuple(
-                part.to(self.accelerator.device) for part in self.inputs.__getitems__(indices)
-            )
-            with torch.no_grad():
-                batch = _finite(self.ensemble(*x).float(), indices)
-            outputs[:, indices[0] : indices[-1] + 1] = batch.cpu().numpy()
-            outputs.flush()
-            write_atomic(progress, json.dumps(indices[-1] + 1).encode())
-            self.bar.update(row, completed=indices[-1] + 1)
-        del outputs  # Windows cannot rename a mapped file
-        os.replace(partial, path)
-        progress.unlink()
+            return check_finite(self.ensemble(*x).float(), indices)
 
     def _identity(self) -> dict[str, str]:
         """What must be equal for a checkpoint to be of this run, by the name the user knows."""
         settings = dataclasses.asdict(self.config) | {"augment": self.augment is not None}
         del settings["workers"]
-        teacher = hashlib.sha256(_architecture(self.ensemble).encode())
-        _hash(teacher, tensor_state(self.ensemble).values())
+        teacher = hashlib.sha256(architecture(self.ensemble).encode())
+        hash_tensors(teacher, tensor_state(self.ensemble).values())
         # With an online teacher a dataset may give new values on every visit.
         content = bool(self.inputs.arrays) or self.config.teacher == "cached"
         return {
             "config": json.dumps(settings, sort_keys=True),
             "data": self.inputs.digest(content),
             "ensemble": teacher.hexdigest(),
-            "student": hashlib.sha256(_architecture(self.student).encode()).hexdigest(),
+            "student": hashlib.sha256(architecture(self.student).encode()).hexdigest(),
         }
 
     def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -436,110 +383,21 @@ class _Run:
 
 
 def _step_loss(
-    student: Hydra, phase: int, x: _Inputs, target: torch.Tensor, temperature: float
+    student: Hydra, phase: int, x: Inputs, target: torch.Tensor, config: DistillationConfig
 ) -> torch.Tensor:
     """The loss of one step; every further term belongs here."""
     task = tasks.find(student.task)
     if phase == 0:
-        output = student.heads[0](student.body(*x))
-        return task.mean_loss(output.to(target.dtype), target, temperature)
+        output = student.heads[0](student.body(*x)).to(target.dtype)
+        terms = [task.mean_loss(output, target, value) for value in config.temperatures]
+        return torch.stack(terms).mean()
     outputs = student(*x).to(target.dtype)
     imitating = torch.arange(len(target), device=outputs.device) % len(outputs)
-    return task.head_loss(outputs[imitating], target, temperature)
-
-
-def _check_request(
-    ensemble: Ensemble,
-    student: Hydra,
-    inputs: _TransferSet,
-    config: DistillationConfig,
-    augment: Augment | None,
-) -> None:
-    if ensemble.task != student.task or (
-        ensemble.labels and student.labels and ensemble.labels != student.labels
-    ):
-        raise InputError(
-            f"The ensemble's task is {ensemble.task} {ensemble.labels}, "
-            f"the student's {student.task} {student.labels}.",
-            "Heads imitate members output by output.",
-            "Give both the same task and the same labels in the same order.",
-        )
-    if len(student.heads) > ensemble.heads:
-        raise InputError(
-            f"The student has {len(student.heads)} heads, the ensemble {ensemble.heads} members.",
-            "A head without a member to imitate would learn nothing of its own.",
-            f"Give the student at most {ensemble.heads} heads.",
-        )
-    if augment is not None and config.teacher == "cached":
-        raise InputError(
-            "augment is given, but teacher is 'cached'.",
-            "Cached outputs belong to the samples as they are, not to augmented ones.",
-            "Set teacher='online', or leave augment out.",
-        )
-    fixed = config.teacher == "online" or bool(inputs.arrays)
-    if not fixed and inputs.digest(True) != inputs.digest(True):
-        raise InputError(
-            "Reading the dataset twice gave different samples, but teacher is 'cached'.",
-            "Cached outputs belong to one fixed version of every sample.",
-            "Set teacher='online', or remove the random transforms.",
-        )
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise InputError(
-            "The student has no trainable parameters.",
-            "There is nothing to distill into.",
-            "Set requires_grad on the parameters to train.",
-        )
-    first, *others = map(_architecture, student.heads)
-    for index, other in enumerate(others, 1):
-        if other != first and config.epochs_mean and config.warmstart_heads:
-            raise InputError(
-                f"Head {index} is not built like head 0.",
-                "After the first phase head 0 is copied to all heads.",
-                "Give all heads one structure, or set epochs_mean=0 or warmstart_heads=False.",
-            )
-
-
-def _check_outputs(
-    ensemble: Ensemble,
-    student: Hydra,
-    inputs: _TransferSet,
-    temperature: float,
-    device: torch.device,
-) -> torch.Size:
-    """Run both once, so that what does not fit shows before hours of work; the teacher's shape."""
-    x = tuple(part.to(device) for part in inputs.__getitems__(range(min(2, len(inputs)))))
-    teacher = _answer("ensemble", ensemble, x)
-    answer = _answer("student", student.eval(), x)
-    if teacher.ndim < 3:
-        raise InputError(
-            f"Members give {list(teacher.shape[1:])} for {len(x[0])} samples.",
-            "Every member needs a batch axis and an output axis: it needs [M, B, C] in all.",
-            "Keep the batch axis in the members' outputs.",
-        )
-    if teacher.shape[1:] != answer.shape[1:]:
-        raise InputError(
-            f"Members give {list(teacher.shape[1:])} but heads give {list(answer.shape[1:])}.",
-            "Heads imitate members output by output.",
-            "Give the heads as many outputs as the members have.",
-        )
-    tasks.find(student.task).head_loss(answer, teacher[: len(answer)], temperature)
-    return teacher.shape
-
-
-def _answer(name: str, module: nn.Module, x: _Inputs) -> torch.Tensor:
-    try:
-        with torch.no_grad():
-            output: torch.Tensor = module(*x)
-    except HydraError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as exc:
-        shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in x)
-        raise InputError(
-            f"The {name} cannot run on the data: {exc}.",
-            f"The first batch has inputs {shapes}.",
-            "Give data of the shape and dtype that both models take.",
-        ) from exc
-    return output.float()
+    terms = [task.head_loss(outputs[imitating], target, value) for value in config.temperatures]
+    loss = torch.stack(terms).mean()
+    if config.disagreement_weight:
+        loss = loss + config.disagreement_weight * task.disagreement_loss(outputs, target)
+    return loss
 
 
 def _accelerator(config: DistillationConfig) -> Any:
@@ -615,50 +473,6 @@ def _device_of(module: nn.Module) -> torch.device:
     return tensor.device if tensor is not None else torch.device("cpu")
 
 
-def _architecture(module: nn.Module) -> str:
-    """What a module is built of, without its weights and memory addresses."""
-    shapes = [(name, value.shape, value.dtype) for name, value in tensor_state(module).items()]
-    trained = [name for name, value in module.named_parameters() if value.requires_grad]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module} {shapes} {trained}")
-
-
-def _open_array(path: Path, shape: tuple[int, ...], mode: Literal["r", "r+", "w+"]) -> _Outputs:
-    reason = "its shape or dtype is another"
-    try:
-        array: _Outputs = np.lib.format.open_memmap(
-            path, mode, np.float32, shape if mode == "w+" else None
-        )
-        if array.shape == shape and array.dtype == np.float32:
-            return array
-    except (ValueError, OSError) as exc:
-        reason = str(exc)
-    raise ArtifactError(
-        f"The teacher's outputs in '{path}' cannot be used: {reason}.",
-        f"Expected float32 {list(shape)} as distill writes them.",
-        "Delete the file; it is computed anew.",
-    )
-
-
-def _hash(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
-    for tensor in tensors:
-        hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _tensor(value: object) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value
-    array = np.require(value, requirements=["C", "W"])
-    if array.dtype.kind in "biuf":
-        tensor = torch.from_numpy(array)
-        return tensor.to(torch.get_default_dtype()) if array.dtype == np.float64 else tensor
-    raise InputError(
-        f"A sample's input is a {type(value).__name__}.",
-        "The models take tensors.",
-        "Let the dataset yield tensors or arrays: x, (x, …) or ((x1, x2), …).",
-    )
-
-
 def _augmented(augment: Augment, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     result = augment(x, generator)
     if not isinstance(result, torch.Tensor) or result.shape[:1] != x.shape[:1]:
@@ -671,27 +485,11 @@ def _augmented(augment: Augment, x: torch.Tensor, generator: torch.Generator) ->
     return result
 
 
-def _finite(outputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
-    bad = (~torch.isfinite(outputs)).flatten(2).any(-1).nonzero()
-    if len(bad):
-        member, row = bad[0].tolist()
-        raise DistillationError(
-            f"Member {member} gives NaN or inf for sample {indices[row]}.",
-            "A head cannot imitate that.",
-            "Check that member and that sample.",
-        )
-    return outputs
-
-
 def _batches(count: int, size: int, generator: torch.Generator) -> list[list[int]]:
-    batches = list(_chunks(torch.randperm(count, generator=generator).tolist(), size))
+    batches = list(chunks(torch.randperm(count, generator=generator).tolist(), size))
     if len(batches) > 1 and len(batches[-1]) == 1 < size:
         batches[-2:] = [batches[-2] + batches[-1]]  # batch normalisation cannot train on one sample
     return batches
-
-
-def _chunks(values: Sequence[int], size: int) -> Iterator[list[int]]:
-    return (list(values[start : start + size]) for start in range(0, len(values), size))
 
 
 def _unchanged(batch: Any) -> Any:

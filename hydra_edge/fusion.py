@@ -85,10 +85,11 @@ def _join(candidate: Branches, stacker: Stacker, value: Emitted) -> list[gs.Tens
         if result.shape is None:
             raise UnsupportedError("the branches are concatenated to an unknown shape")
         shape = list(result.shape)
-        if not all(isinstance(size, int) for size in shape[axis + 1 :]):
-            raise UnsupportedError("the branches are concatenated before an axis of unknown size")
         # 0 copies a size from the input, which has the same axes up to the one that is merged.
-        target = np.asarray([0] * axis + [-1] + shape[axis + 1 :], np.int64)
+        rest = [size if isinstance(size, int) else -1 for size in shape[axis:]]
+        if rest.count(-1) > 1:
+            raise UnsupportedError("the branches are concatenated before an axis of unknown size")
+        target = np.asarray([0] * axis + rest, np.int64)
         x = stacker.node("Reshape", [x, stacker.constant(target)], result.dtype, shape, {})
     return [x]
 

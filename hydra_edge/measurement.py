@@ -28,7 +28,7 @@ from hydra_edge.artifacts.report import (
 from hydra_edge.artifacts.report import Protocol as Protocol
 from hydra_edge.costs import Cost, cost
 from hydra_edge.errors import GraphError, InputError
-from hydra_edge.quality import Quality
+from hydra_edge.quality import Answers, Quality
 from hydra_edge.runtime import EnsembleSession, Session, require_same_inputs
 
 Array = npt.NDArray[np.generic]
@@ -97,8 +97,8 @@ def benchmark(
         for label, session in sessions.items():
             bar.update(task, description=f"load {label}")
             startup = probe.measure_startup(engines[label], max(protocol.batches), session.threads)
-            heads = answers[label].heads or engines[label][0].heads
-            rows.append(_row(label, session, engines[label], heads, startup, judged[label]))
+            found = answers[label]
+            rows.append(_row(label, session, engines[label], found, startup, judged[label]))
             bar.advance(task)
         for batch in protocol.batches:
             bar.update(task, description=f"time batch {batch}")
@@ -201,7 +201,7 @@ def _row(
     label: str,
     session: AnySession,
     engines: Sequence[Engine],
-    heads: int | None,
+    answers: Answers,
     startup: probe.Startup,
     judged: Quality,
 ) -> SessionRow:
@@ -211,12 +211,12 @@ def _row(
     return SessionRow(
         label=label,
         kind="ensemble" if isinstance(session, EnsembleSession) else first.kind,
-        task=first.task,
+        task=answers.task.name if answers.task else None,
         precision=", ".join(precisions),
         backend=first.backend,
         target=first.target,
         threads=session.threads,
-        heads=heads,
+        heads=answers.heads or first.heads,
         engines=len(engines),
         size_bytes=sum(engine.size_bytes for engine in engines),
         weight_bytes=total if isinstance(total, NotMeasured) else total.weight_bytes,

@@ -110,7 +110,12 @@ def judge(answers: Answers, labels: Array | None, reference: Answers | None) -> 
         quality.not_measured["task metrics"] = _NO_HEADS if answers.task else _NO_TASK
     else:
         try:
-            quality.add(answers.task.metrics(answers.logits[IN_DISTRIBUTION], labels))
+            found = answers.task.metrics(answers.logits[IN_DISTRIBUTION], labels)
+            if answers.heads == 1:
+                for name in {answers.task.epistemic, "disagreement"} & set(found):
+                    quality.not_measured[name] = _ONE_HEAD
+                    del found[name]
+            quality.add(found)
         except MissingDependencyError as exc:
             quality.not_measured["task metrics"] = f"{exc.what} {exc.fix}"
     _judge_outliers(quality, answers)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +32,10 @@ from onnxruntime.quantization import (
 from rich.progress import Progress
 
 from hydra_edge import branches, ops, surgery
-from hydra_edge.artifacts.arrays import check_arrays, load_dataset, to_numpy
+from hydra_edge.artifacts.arrays import any_batch, check_arrays, load_dataset, to_numpy
+from hydra_edge.artifacts.files import sha256
 from hydra_edge.artifacts.graph import Graph, TensorSpec
-from hydra_edge.errors import InputError, QuantizationError
+from hydra_edge.errors import HydraError, InputError, QuantizationError
 from hydra_edge.half_precision import to_fp16
 
 Array = npt.NDArray[np.generic]
@@ -239,8 +242,7 @@ def _cut(graph: Graph) -> tuple[onnx.ModelProto, _Summary]:
         node.inputs.clear()
         node.outputs.clear()
     surgeon.outputs = ends
-    for index, node in enumerate(surgeon.nodes):
-        node.name = node.name or f"node_{index}"
+    _name_nodes(surgeon.nodes)
     return surgery.close_model(surgeon, like=graph.model), _Summary(frozen, outputs, graph.model)
 
 
@@ -261,9 +263,21 @@ def _optimize(model: onnx.ModelProto) -> onnx.ModelProto:
         optimized = onnx.load(path)
     # Tells the quantizer that this was done; it warns otherwise.
     optimized.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
-    for index, node in enumerate(optimized.graph.node):
-        node.name = node.name or f"node_{index}"
+    _name_nodes(optimized.graph.node)
     return optimized
+
+
+def _name_nodes(nodes: Sequence[onnx.NodeProto | gs.Node]) -> None:
+    """Give every node a name of its own, because body and heads are told apart by them."""
+    taken = {node.name for node in nodes}
+    seen: set[str] = set()
+    for index, node in enumerate(nodes):
+        if not node.name or node.name in seen:
+            node.name = next(
+                name for n in itertools.count() if (name := f"node_{index}_{n}") not in taken
+            )
+            taken.add(node.name)
+        seen.add(node.name)
 
 
 def _int8(
@@ -300,7 +314,7 @@ def _int8(
                         "OpTypesToExcludeOutputQuantization": [*_MATMULS, *_POOLING],
                     },
                 )
-        except InputError:
+        except HydraError:  # from the reader: the calibration data does not fit
             raise
         except Exception as exc:  # the quantizer raises whatever its parts raise
             raise _failed("calibrate and quantize the graph", exc) from exc
@@ -340,7 +354,8 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         # The histogram calibrators stack what they saw, so every batch must have the same size.
         batch = _CALIBRATION_BATCH if options.method == "minmax" else 1
         self._batches = _split(calibration, specs, batch)
-        self._hash = hashlib.sha256()
+        # One per input, so that equal data cut into other batches has an equal digest.
+        self._hashes: dict[str, Any] = {}
         self._progress = Progress(disable=not options.progress, transient=True)
         self._task = self._progress.add_task("calibrating", total=_length(calibration))
         self._seen = 0
@@ -363,8 +378,8 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
                     "Pass a few hundred representative samples.",
                 )
             return None
-        for name in sorted(feeds):
-            self._hash.update(np.ascontiguousarray(feeds[name]).tobytes())
+        for name, array in feeds.items():
+            self._hashes.setdefault(name, hashlib.sha256()).update(array.tobytes())
         count = len(next(iter(feeds.values())))
         self._seen += count
         self._progress.advance(self._task, count)
@@ -372,7 +387,8 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
     def digest(self) -> str:
         """sha256 of everything that was fed."""
-        return self._hash.hexdigest()
+        parts = [f"{name} {self._hashes[name].hexdigest()}" for name in sorted(self._hashes)]
+        return sha256("\n".join(parts).encode())
 
 
 def _length(calibration: Calibration) -> int | None:
@@ -387,10 +403,13 @@ def _split(
     calibration: Calibration, specs: tuple[TensorSpec, ...], size: int
 ) -> Iterator[dict[str, Array]]:
     """Whatever the user gave, checked, as batches of at most ``size`` samples by input name."""
+    fixed = specs[0].shape[0] if specs[0].shape else None
+    step = fixed if isinstance(fixed, int) else size
     for given in _mappings(calibration, specs):
-        whole = check_arrays(given, specs)
-        for start in range(0, len(whole[specs[0].name]), size):
-            yield {name: array[start : start + size] for name, array in whole.items()}
+        whole = check_arrays(given, any_batch(specs))
+        for start in range(0, len(whole[specs[0].name]), step):
+            batch = {name: array[start : start + step] for name, array in whole.items()}
+            yield check_arrays(batch, specs)
 
 
 def _mappings(
@@ -398,13 +417,8 @@ def _mappings(
 ) -> Iterator[Mapping[str, Array]]:
     if isinstance(calibration, str | Path):
         calibration, _ = load_dataset(calibration, specs)
-    if isinstance(calibration, np.ndarray):
-        yield {specs[0].name: calibration}
-    elif isinstance(calibration, Mapping):
-        yield calibration
-    else:
-        for batch in calibration:
-            if isinstance(batch, Mapping):
-                yield {name: to_numpy(value, name) for name, value in batch.items()}
-            else:
-                yield {specs[0].name: to_numpy(batch, specs[0].name)}
+    single = isinstance(calibration, Mapping) or hasattr(calibration, "__dlpack__")
+    batches: Iterable[object] = [calibration] if single else calibration
+    for batch in batches:
+        given = batch if isinstance(batch, Mapping) else {specs[0].name: batch}
+        yield {name: to_numpy(value, name) for name, value in given.items()}

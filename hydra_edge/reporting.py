@@ -1,22 +1,168 @@
-"""A `Report` for people: markdown, one self-contained HTML page, or a table in the terminal."""
+"""A `Report` for people: markdown, one self-contained HTML page, or a table in the terminal.
+
+What is said comes from `wording` and `sheets`, what is drawn from `plotting`; here it gets its form.
+The first screen answers how much faster, at what cost in quality, and whether the uncertainty holds.
+"""
 
 from __future__ import annotations
 
-from rich.table import Table
+import re
+from collections.abc import Mapping
+from html import escape
+from importlib import resources
 
+from rich.table import Table
+from rich.text import Text
+
+from hydra_edge import plotting, sheets, wording
 from hydra_edge.artifacts.report import Report
+from hydra_edge.plotting import GLYPHS, SERIES, Plot
+from hydra_edge.sheets import Sheet
+from hydra_edge.wording import Headline
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#&])")
 
 
 def to_markdown(report: Report) -> str:
-    """The report as GitHub-flavoured markdown."""
-    raise NotImplementedError
+    """The report as GitHub-flavoured markdown, without plots.
+
+    Args:
+        report: Any report; equal reports give equal text.
+    """
+    lines = [f"# {_md(wording.title(report))}", "", _md(_where(report)), ""]
+    for headline in wording.headlines(report):
+        lines.append(
+            f"- **{_md(headline.question)}** {_md(headline.answer)} ({_md(headline.caption)})"
+        )
+        lines += [f"  - {_md(detail)}" for detail in headline.details]
+    lines.append("")
+    for warning in wording.warnings(report):
+        lines += [f"> {_md(warning)}", ""]
+    for sheet in sheets.of(report):
+        lines += [f"## {_md(sheet.title)}", "", _md_row(sheet.columns)]
+        lines.append(_md_row(("---", *["---:"] * (len(sheet.columns) - 1)), raw=True))
+        lines += [_md_row(row) for row in sheet.rows]
+        lines += ["", *(f"{_md(note)}\n" for note in sheet.notes)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def to_html(report: Report) -> str:
-    """The report as one self-contained HTML page with plots."""
-    raise NotImplementedError
+    """The report as one HTML page that needs nothing else: no network, no script.
+
+    Args:
+        report: Any report; equal reports give equal text.
+
+    Raises:
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    marks = {row.label: _mark(index) for index, row in enumerate(report.sessions)}
+    title = escape(wording.title(report))
+    cards = "".join(map(_card, wording.headlines(report)))
+    warnings = "".join(f"<li>{escape(each)}</li>" for each in wording.warnings(report))
+    glance, *others = (_sheet(sheet, marks) for sheet in sheets.of(report))
+    figures = "".join(map(_figure, plotting.plots(report)))
+    style = resources.files("hydra_edge").joinpath("report.css").read_text("utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><p>hydra-edge benchmark</p><h1>{title}</h1><p>{escape(_where(report))}</p>"
+        f'</header>\n<section class="cards">{cards}</section>\n'
+        + (f'<ul class="warnings">{warnings}</ul>\n' if warnings else "")
+        + f'{glance}<h2>Plots</h2>\n<section class="plots">{figures}</section>\n'
+        + "".join(others)
+        + "</main>\n</body>\n</html>\n"
+    )
 
 
 def to_table(report: Report) -> Table:
-    """The report as a table for the terminal."""
-    raise NotImplementedError
+    """The report at a glance for the terminal: one column per session.
+
+    Args:
+        report: Any report.
+    """
+    sheet = sheets.of(report)[0]
+    remarks = [*sheet.notes, *wording.warnings(report)]
+    table = Table(
+        title=Text(wording.title(report)),
+        caption=Text("\n".join(remarks)),
+        caption_justify="left",
+    )
+    table.add_column("")
+    for row in sheet.rows:
+        table.add_column(Text(row[0]), justify="right")
+    for index, column in enumerate(sheet.columns[1:], start=1):
+        table.add_row(Text(column), *(Text(row[index]) for row in sheet.rows))
+    return table
+
+
+def _where(report: Report) -> str:
+    """When, where and on what, in one line."""
+    machine = report.machine
+    commit = f", commit {report.commit[:12]}" if report.commit else ""
+    return f"{machine.cpu}, {machine.cores} cores, {machine.platform}, {report.created}{commit}"
+
+
+def _md(text: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+
+
+def _md_row(cells: tuple[str, ...], *, raw: bool = False) -> str:
+    return f"| {' | '.join(cells if raw else map(_md, cells))} |"
+
+
+def _mark(index: int) -> str:
+    index %= SERIES
+    return f'<span class="k{index}" aria-hidden="true">{GLYPHS[index]}</span> '
+
+
+def _card(headline: Headline) -> str:
+    details = "".join(f"<li>{escape(each)}</li>" for each in headline.details)
+    return (
+        f'<article class="card{"" if headline.measured else " missing"}">'
+        f"<h2>{escape(headline.question)}</h2><strong>{escape(headline.answer)}</strong>"
+        f"<p>{escape(headline.caption)}</p>{f'<ul>{details}</ul>' if details else ''}</article>\n"
+    )
+
+
+def _figure(plot: Plot) -> str:
+    legend = "".join(
+        f"<li>{_mark(index) if plot.by_session else _swatch(index)}{escape(name)}</li>"
+        for name, index in plot.legend
+    )
+    drawing = (
+        f'<div role="img" aria-label="{escape(plot.title)}">{plot.svg}</div>' if plot.svg else ""
+    )
+    return (
+        f"<figure><h3>{escape(plot.title)}</h3>"
+        f"{f'<ul class=legend>{legend}</ul>' if legend else ''}{drawing}"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>\n"
+    )
+
+
+def _swatch(index: int) -> str:
+    return f'<span class="k{index}" aria-hidden="true">■</span> '
+
+
+def _sheet(sheet: Sheet, marks: Mapping[str, str]) -> str:
+    notes = "".join(f"<p>{escape(note)}</p>" for note in sheet.notes)
+    notes = f'<div class="notes">{notes}</div>\n' if notes else ""
+    if not any(sheet.columns):
+        items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in sheet.rows)
+        body = f"<dl>{items}</dl>"
+    else:
+        head = "".join(f"<th>{marks.get(c, '')}{escape(c)}</th>" for c in sheet.columns)
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f"<td>{marks.get(cell, '') if index == 0 else ''}{escape(cell)}</td>"
+                for index, cell in enumerate(row)
+            )
+            + "</tr>\n"
+            for row in sheet.rows
+        )
+        body = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return (
+        f"<h2>{escape(sheet.title)}</h2>\n"
+        f'<div class="sheet"><div class="scroll">{body}</div></div>\n{notes}'
+    )

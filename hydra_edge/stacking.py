@@ -190,6 +190,20 @@ def _binary(stacker: Stacker, step: Step) -> Emitted:
     return stacker.emit(step.op, inputs, step, stacked=stacked, **step.nodes[0].attrs)
 
 
+def _unsqueeze(stacker: Stacker, step: Step) -> Emitted:
+    """An axis counted from the front moves by one."""
+    x = stacker.varying(step.inputs[0])
+    inputs = [x.tensor, stacker.constant(_moved(stacker.same(step.inputs[1], step)))]
+    return stacker.emit(step.op, inputs, step)
+
+
+def _moved(axes: gs.Tensor) -> npt.NDArray[np.int64]:
+    if not isinstance(axes, gs.Constant):
+        raise UnsupportedError("axes are computed")
+    values = axes.values.reshape(-1).tolist()
+    return np.asarray([axis + 1 if axis >= 0 else axis for axis in values], np.int64)
+
+
 def _last_axis(stacker: Stacker, step: Step) -> Emitted:
     """Softmax and LogSoftmax: an axis counted from the front moves by one."""
     attrs = dict(step.nodes[0].attrs)
@@ -201,12 +215,7 @@ def _last_axis(stacker: Stacker, step: Step) -> Emitted:
 def _reduce_mean(stacker: Stacker, step: Step) -> Emitted:
     if len(step.inputs) < 2:
         raise UnsupportedError("ReduceMean over all axes mixes the branches")
-    axes = stacker.same(step.inputs[1], step)
-    if not isinstance(axes, gs.Constant):
-        raise UnsupportedError("the axes of ReduceMean are computed")
-    moved = np.asarray(
-        [axis + 1 if axis >= 0 else axis for axis in axes.values.reshape(-1).tolist()], np.int64
-    )
+    moved = _moved(stacker.same(step.inputs[1], step))
     inputs = [stacker.varying(step.inputs[0]).tensor, stacker.constant(moved)]
     return stacker.emit(step.op, inputs, step, **step.nodes[0].attrs)
 
@@ -445,6 +454,7 @@ RULES: Mapping[str, Callable[[Stacker, Step], Emitted]] = {
     "Softmax": _last_axis,
     "LogSoftmax": _last_axis,
     "ReduceMean": _reduce_mean,
+    "Unsqueeze": _unsqueeze,
     "QuantizeLinear": _quantize,
     "DequantizeLinear": _dequantize,
 }

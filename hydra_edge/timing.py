@@ -116,6 +116,7 @@ def _row(
     return LatencyRow(
         session=label,
         batch=batch,
+        min_ms=float(samples.min()),
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,

@@ -42,8 +42,7 @@ class TensorSpec:
         tensor = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
         shape = tuple(
-            d.dim_value if d.dim_value > 0 else (d.dim_param or "?")
-            for d in tensor.shape.dim
+            d.dim_value if d.dim_value > 0 else (d.dim_param or "?") for d in tensor.shape.dim
         )
         return cls(value.name, str(np.dtype(dtype)) if dtype is not None else "unknown", shape)
 

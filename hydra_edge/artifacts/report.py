@@ -19,7 +19,7 @@ from hydra_edge.errors import ArtifactError, InputError
 
 SCHEMA_VERSION = 1
 FORMAT = "hydra-edge report"
-IN_DISTRIBUTION = "in distribution"  # the data set that a benchmark is given as `inputs`
+IN_DISTRIBUTION = "in_distribution"  # the data set that a benchmark is given as `inputs`
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ class LatencyRow:
     Attributes:
         session: Label of the session.
         batch: Batch size B.
-        p50_ms: Median latency of one call; p90 and p99 likewise.
+        min_ms: Fastest call.
+        p50_ms: Median latency of one call.
         p90_ms: 90th percentile.
         p99_ms: 99th percentile.
         mean_ms: Mean.
@@ -178,6 +179,7 @@ class LatencyRow:
 
     session: str
     batch: int
+    min_ms: float
     p50_ms: float
     p90_ms: float
     p99_ms: float
@@ -188,6 +190,11 @@ class LatencyRow:
     converged: bool
     throughput_per_s: float
     cold_p50_ms: Figure
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether half of the calls took over twice the fastest: other work used the machine."""
+        return self.p50_ms > 2 * self.min_ms
 
 
 @dataclass(frozen=True)
@@ -294,14 +301,14 @@ class Report:
         )
 
     def to_json(self) -> str:
-        """Readable JSON; equal reports give equal text.
+        """Readable JSON in the order of the fields.
 
         Raises:
             InputError: A figure is NaN or infinite.
         """
         content = {"format": FORMAT, "schema": SCHEMA_VERSION, **asdict(self)}
         try:
-            return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+            return json.dumps(content, indent=1, allow_nan=False) + "\n"
         except ValueError as exc:
             raise InputError(
                 "The report holds a figure that is NaN or infinite.",

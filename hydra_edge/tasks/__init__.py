@@ -47,7 +47,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, logits: npt.ArrayLike, target: npt.ArrayLike) -> dict[str, float]:
-        """Quality of the prediction that ``logits [M, B, C]`` give, against the truth ``[B]``."""
+        """Quality of what ``logits [M, B, C]`` predict, against the truth ``[B]`` or ``[B, D]``."""
         ...
 
     def drift(self, logits: npt.ArrayLike, reference: npt.ArrayLike) -> dict[str, float]:
@@ -68,6 +68,14 @@ class Task(Protocol):
         self, student: torch.Tensor, teacher: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         """Phase 2: heads ``[H, B, C]`` imitate the members ``[H, B, C]`` one to one."""
+        ...
+
+    def disagreement_loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """How far the size of the heads' disagreement is from the members', sample by sample.
+
+        Imitating each member exactly would imply it, but a student of limited size trades it away
+        first: its uncertainty shrinks while every head looks right. Head counts may differ.
+        """
         ...
 
 

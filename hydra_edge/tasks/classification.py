@@ -159,6 +159,22 @@ class Classification:
         """
         return _divergence(student, (teacher / temperature).softmax(-1), temperature)
 
+    def disagreement_loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """``(√MI_student - √MI_teacher)²``, mean over the batch.
+
+        The root makes the difference relative for large values and still counts small ones, which
+        most samples have.
+
+        Args:
+            student: Logits of the heads, ``[H, B, C]``.
+            teacher: Logits of the members, ``[M, B, C]``.
+
+        Returns:
+            A scalar in nats, in the student's dtype.
+        """
+        difference = _mutual_information(student).sqrt() - _mutual_information(teacher).sqrt()
+        return difference.square().mean()
+
 
 def disagreement(logits: npt.ArrayLike) -> float:
     """Share of head pairs whose argmax differs, mean over the batch; 0 for one head.
@@ -205,6 +221,16 @@ def ood_auroc(score_in: npt.ArrayLike, score_out: npt.ArrayLike) -> float:
     truth = np.concatenate([np.zeros(inside.size), np.ones(outside.size)])
     sklearn = require("sklearn.metrics", "metrics")
     return float(sklearn.roc_auc_score(truth, np.concatenate([inside, outside])))
+
+
+def _mutual_information(logits: torch.Tensor) -> torch.Tensor:
+    """``[B]`` in nats, plus 1e-4: the root of what comes near 0 would have an unbounded gradient."""
+    log_prob = logits.log_softmax(-1)
+    prob = log_prob.exp()
+    mean = prob.mean(0)
+    entropy = -(mean * mean.clamp_min(1e-9).log()).sum(-1)
+    expected = -(prob * log_prob).sum(-1).mean(0)
+    return (entropy - expected).clamp_min(0) + 1e-4
 
 
 def _divergence(student: torch.Tensor, prob: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -159,6 +159,22 @@ class Regression:
         mean, log_variance = _halves(teacher)
         return _divergence(student, mean, log_variance)
 
+    def disagreement_loss(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Squared difference of the standard deviations of the means, mean over batch and outputs.
+
+        Args:
+            student: Outputs of the heads, ``[H, B, 2D]``.
+            teacher: Outputs of the members, ``[M, B, 2D]``.
+
+        Returns:
+            A scalar in squared units of the target, in the student's dtype.
+        """
+        # 1e-8 under the root: its gradient at 0, where the phases begin, would be infinite.
+        spread, wanted = (
+            (_halves(params)[0].var(0, correction=0) + 1e-8).sqrt() for params in (student, teacher)
+        )
+        return (spread - wanted).square().mean()
+
 
 def disagreement(params: npt.ArrayLike) -> float:
     """Mean over head pairs, samples and D of ``|mean_i - mean_j|``; 0 for one head.
