@@ -78,6 +78,11 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Tell the whole story on real data: train, distil, fuse, quantize, compile, verify, compare."""
+    from hydra_edge.errors import require
+
+    for module in ("torch", "accelerate", "safetensors", "onnxscript", "sklearn", "torchmetrics"):
+        require(module, "demo")
+    require("matplotlib", "demo")
     from hydra_edge.demo import run_demo
 
     report = run_demo(output, console=_console())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Rows = dict[str, "Json"]
 _PREDICTION_ROWS = 20
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 # Import name, distribution, extra that brings it (None: base install), what it is for.
 _LIBRARIES = (
@@ -39,6 +41,7 @@ _LIBRARIES = (
     ("safetensors", "safetensors", "train", "checkpoints"),
     ("onnxscript", "onnxscript", "train", "export"),
     ("sklearn", "scikit-learn", "metrics", "quality figures in verify and bench"),
+    ("scipy", "scipy", "metrics", "quality figures of regressors"),
     ("torchmetrics", "torchmetrics", "metrics", "calibration error"),
     ("matplotlib", "matplotlib", "report", "plots in HTML reports"),
 )
@@ -118,7 +121,7 @@ def describe_file(path: Path) -> Rows:
 
 
 def describe_prediction(prediction: Prediction, labels: Sequence[str]) -> list[Rows]:
-    """One row per sample, for the first of them."""
+    """One row per sample, for the first 20; the last row then says how many more there are."""
     size = next((len(array) for name, array in prediction.items() if name != "head_logits"), 0)
     rows: list[Rows] = []
     for index in range(min(size, _PREDICTION_ROWS)):
@@ -134,7 +137,7 @@ def describe_prediction(prediction: Prediction, labels: Sequence[str]) -> list[R
                 row[name] = str(np.round(array[index], 4).tolist())
         rows.append(row)
     if size > _PREDICTION_ROWS:
-        rows.append({"sample": f"… {size - _PREDICTION_ROWS} more"})
+        rows.append({"sample": "…", "answer": f"{size - _PREDICTION_ROWS} more"})
     return rows
 
 
@@ -204,6 +207,8 @@ def table(rows: Sequence[Mapping[str, object]]) -> Table:
 def _text(value: object) -> str:
     if value is None:
         return "–"
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return f"{value[:16]}…"  # in full with --json
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):

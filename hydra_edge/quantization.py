@@ -261,6 +261,11 @@ def _optimize(model: onnx.ModelProto) -> onnx.ModelProto:
         except Exception as exc:  # its exceptions share no public base class
             raise _failed("load the graph", exc) from exc
         optimized = onnx.load(path)
+    # It imports every domain it knows, which another runtime might not.
+    used = {node.domain for node in optimized.graph.node} | {""}
+    kept = [entry for entry in optimized.opset_import if entry.domain in used]
+    del optimized.opset_import[:]
+    optimized.opset_import.extend(kept)
     # Tells the quantizer that this was done; it warns otherwise.
     optimized.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     _name_nodes(optimized.graph.node)

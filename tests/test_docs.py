@@ -1,0 +1,61 @@
+"""The README is executed as written: its Python and shell blocks, in order, in one empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Setting up an environment inside a test would take minutes; CI runs these two for real.
+NOT_HERE = re.compile(r"^(make|pip) ", re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("default")
+def test_readme_blocks_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the quick start trains a student")
+    blocks = BLOCK.findall(PAGES[0].read_text())
+    assert {language for language, _, _ in blocks} >= {"python", "bash"}
+    ran = 0
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, _, code in blocks:
+        if language not in ("python", "bash") or NOT_HERE.search(code):
+            continue
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 4
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_verb_and_public_name_is_documented() -> None:
+    """What the README shows exists: verbs of the command line and names of the package."""
+    import hydra_edge as he
+    from hydra_edge.cli import app
+
+    text = PAGES[0].read_text()
+    verbs = {command.name for command in app.registered_commands}
+    shown = set(re.findall(r"^hydra-edge (\w+)", text, re.MULTILINE))
+    assert shown <= verbs
+    assert set(re.findall(r"\bhe\.(\w+)", text)) <= set(he.__all__)

@@ -1,0 +1,56 @@
+"""What people are shown."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hydra_edge import inspection
+from hydra_edge.artifacts.prediction import Prediction
+
+
+def text(table: object) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_predictions_show_answer_and_uncertainty() -> None:
+    prediction = Prediction(
+        {
+            "mean_prob": np.array([[0.1, 0.9], [0.6, 0.4]], np.float32),
+            "mutual_information": np.array([0.01, 0.5], np.float32),
+            "head_logits": np.zeros((3, 2, 2), np.float32),
+        }
+    )
+    rows = inspection.describe_prediction(prediction, ("cat", "dog"))
+    assert rows[0]["answer"] == "dog"
+    assert rows[1] == {"sample": 1, "answer": "cat", "probability": 0.6, "mutual_information": 0.5}
+    shown = text(inspection.table(rows))
+    assert "mutual information" in shown
+    assert "dog" in shown
+
+
+def test_long_predictions_are_cut() -> None:
+    rows = inspection.describe_prediction(Prediction({"mean": np.zeros((50, 2), np.float32)}), ())
+    assert len(rows) == 21
+    assert rows[-1] == {"sample": "…", "answer": "30 more"}
+
+
+def test_markup_in_file_content_is_not_interpreted() -> None:
+    assert "[red]x" in text(inspection.table([{"labels": ["[red]x"]}]))
+
+
+def test_doctor_names_the_command_for_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        inspection,
+        "_LIBRARIES",
+        (("numpy", "numpy", None, "all"), ("no_such_library", "no-such", "train", "training")),
+    )
+    rows, healthy = inspection.describe_environment()
+    assert healthy
+    assert rows["to install"] == ["pip install 'hydra-edge[train]'  (for no-such)"]
+    monkeypatch.setattr(inspection, "_LIBRARIES", (("no_such_library", "no-such", None, "all"),))
+    assert not inspection.describe_environment()[1]
