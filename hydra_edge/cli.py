@@ -1,7 +1,7 @@
 """The command line: one verb per stage. Parses, calls, prints; every verb has its library call.
 
-Exit codes: 0 ok, 1 error, 2 usage, 3 accuracy or uncertainty gate failed, 4 engine does not fit this
-device, 5 performance gate failed, 6 something missing from the environment, 130 interrupted.
+Exit codes: 0 ok, 1 error, 2 usage, 3 accuracy or uncertainty gate failed, 4 engine does not fit
+this device, 5 performance gate failed, 6 something missing from the environment, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="hydra-edge",
-    help="Uncertainty-aware models on the edge: fuse, quantize, compile, prove and serve Hydra students.",
+    help="Uncertainty-aware models on the edge: compile, prove and serve Hydra students.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,8 +58,8 @@ def verb(function: Verb) -> Verb:
             function(*args, **kwargs)
         except HydraError as exc:
             if kwargs.get("as_json"):
-                error = {"type": type(exc).__name__, "what": exc.what, "why": exc.why, "fix": exc.fix}
-                typer.echo(json.dumps({"error": error}))
+                parts = {"what": exc.what, "why": exc.why, "fix": exc.fix}
+                typer.echo(json.dumps({"error": {"type": type(exc).__name__, **parts}}))
             typer.echo(f"error: {exc.what}\n  why: {exc.why}\n  fix: {exc.fix}", err=True)
             raise typer.Exit(exc.exit_code) from exc
         except KeyboardInterrupt as exc:
@@ -77,7 +77,7 @@ def demo(
     ),
     as_json: JsonFlag = False,
 ) -> None:
-    """Tell the whole story on real data: train, distil, fuse, quantize, compile, verify, compare."""
+    """Tell the whole story on real data: train, distil, quantize, fuse, compile, compare."""
     from hydra_edge.errors import require
 
     for module in ("torch", "accelerate", "safetensors", "onnxscript", "sklearn", "torchmetrics"):
@@ -166,7 +166,9 @@ def compile_(
     method: Method = "minmax",
     batch: Batch = "1,8,32",
     threads: Threads = None,
-    lowering: Annotated[str | None, typer.Option(help="Keep this one instead of timing all.")] = None,
+    lowering: Annotated[
+        str | None, typer.Option(help="Keep this one instead of timing all.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Inputs and labels to verify the engine on (.npz).")
     ] = None,
@@ -196,9 +198,9 @@ def compile_(
     _print(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
     if pipeline.pays(engine) is False and not as_json:
         console.print(
-            f"[yellow]{engine.precision} does not pay here:[/] "
-            f"{engine.metrics['p50_ms']:.3f} ms against {engine.metrics['p50_ms_fp32_twin']:.3f} ms "
-            "in fp32. It is smaller, not faster."
+            f"[yellow]{engine.precision} does not pay here:[/] {engine.metrics['p50_ms']:.3f} ms "
+            f"against {engine.metrics['p50_ms_fp32_twin']:.3f} ms in fp32. "
+            "It is smaller, not faster."
         )
 
 
@@ -251,13 +253,13 @@ def bench(
     batches: Annotated[str, typer.Option(help="Batch sizes to time, e.g. 1,32.")] = "1,32",
     threads: Threads = None,
     min_speedup: Annotated[
-        float | None, typer.Option(help="Fail (exit 5) unless this much faster than every baseline.")
+        float | None, typer.Option(help="Fail (exit 5) unless this much faster than each baseline.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure an engine, and its baselines under the same protocol."""
     from hydra_edge import measurement, reporting, runtime
-    from hydra_edge.artifacts.arrays import load_arrays, load_dataset
+    from hydra_edge.artifacts.arrays import load_dataset
 
     paths = {path.stem: path for path in [engine, *(against or [])]}
     if len(paths) != 1 + len(against or []):
@@ -364,7 +366,7 @@ def targets(as_json: JsonFlag = False) -> None:
 
 @verb
 def doctor(as_json: JsonFlag = False) -> None:
-    """Tell what this machine can do, and what to install for the rest (exit 6 if the base is broken)."""
+    """Tell what this machine can do, and what to install for the rest."""
     from hydra_edge import inspection
 
     rows, healthy = inspection.describe_environment()

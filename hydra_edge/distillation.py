@@ -112,7 +112,8 @@ class DistillationConfig:
         for name, minimum in least.items():
             value = getattr(self, name)
             self._require(name, value >= minimum, f"an integer of {minimum} or more")
-        positive = self.temperatures and all(0 < value < math.inf for value in self.temperatures)
+        several = self.temperatures
+        positive = bool(several) and all(0 < value < math.inf for value in several)
         self._require("temperature", positive, "one or more finite numbers above 0")
         for name in ("learning_rate", "learning_rate_heads", "gradient_clip"):
             value = getattr(self, name)

@@ -65,15 +65,19 @@ def difference(a: Array, b: Array) -> float:
 
     Tensors of three and more axes are measured per slice of axis 0, which is the head, and the
     worst counts: one wrong head among many right ones is not averaged away. Slices far quieter than
-    the whole are measured against 1e-3 of it. Shapes that differ and NaNs that do not match count
-    as infinitely far.
+    the whole are measured against 1e-3 of it. Shapes that differ, and NaNs and infinities that do
+    not match, count as infinitely far.
     """
     if a.shape != b.shape:
         return float("inf")
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+    finite = np.isfinite(y)
+    if (
+        not np.array_equal(x[~finite], y[~finite], equal_nan=True)
+        or not np.isfinite(x[finite]).all()
+    ):
         return float("inf")
-    x, y = np.nan_to_num(x), np.nan_to_num(y)
+    x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
     if x.size == 0:
         return 0.0
     axes = tuple(range(1 if x.ndim > 2 else 0, x.ndim))

@@ -151,14 +151,14 @@ def describe_environment() -> tuple[Rows, bool]:
     healthy = True
     missing: dict[str, list[str]] = {}
     for module, distribution, extra, purpose in _LIBRARIES:
-        try:
-            importlib.import_module(module)
+        problem = _import_problem(module)
+        if not problem:
             rows[distribution] = f"{importlib.metadata.version(distribution)} ({purpose})"
-        except ImportError as exc:
-            healthy = healthy and extra is not None
-            package = f"hydra-edge[{extra}]" if extra else "hydra-edge"
-            rows[distribution] = f"missing ({exc}): needed for {purpose}"
-            missing.setdefault(f"pip install '{package}'", []).append(distribution)
+            continue
+        healthy = healthy and extra is not None
+        package = f"hydra-edge[{extra}]" if extra else "hydra-edge"
+        rows[distribution] = f"missing ({problem}): needed for {purpose}"
+        missing.setdefault(f"pip install '{package}'", []).append(distribution)
     rows["gpu"] = (
         "nvidia-smi found; this version compiles for the CPU only"
         if shutil.which("nvidia-smi")
@@ -170,13 +170,23 @@ def describe_environment() -> tuple[Rows, bool]:
     return rows, healthy
 
 
+def _import_problem(module: str) -> str:
+    """Why a library cannot be imported; empty when it can."""
+    try:
+        importlib.import_module(module)
+    except ImportError as exc:
+        return str(exc)
+    return ""
+
+
 def verification_table(result: Verification) -> Table:
     """Quality of model and reference side by side, and how far the uncertainty drifted."""
     lines = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("", "model", "reference"):
         lines.add_column(name, justify="right" if name else "left")
     for name, value in result.metrics.items():
-        lines.add_row(name.replace("_", " "), f"{value:.4f}", f"{result.reference_metrics[name]:.4f}")
+        expected = result.reference_metrics[name]
+        lines.add_row(name.replace("_", " "), f"{value:.4f}", f"{expected:.4f}")
     for name, value in result.drift.items():
         lines.add_row(name.replace("_", " "), f"{value:.4f}", "")
     if result.head_errors:
@@ -216,5 +226,3 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return "\n".join(map(str, value)) or "–"
     return str(value)
-
-

@@ -89,7 +89,7 @@ def benchmark(
         )
         for label, found in answers.items()
     }
-    diagrams = [quality.reliability(label, found, truth) for label, found in answers.items()]
+    diagrams = [quality.bin_reliability(label, found, truth) for label, found in answers.items()]
     rows = []
     latencies: list[LatencyRow] = []
     with Progress(transient=True, disable=not progress) as bar:
@@ -115,7 +115,7 @@ def benchmark(
         sessions=tuple(rows),
         latencies=tuple(latencies),
         reliabilities=tuple(diagram for diagram in diagrams if diagram is not None),
-        histograms=quality.histograms(answers),
+        histograms=quality.bin_doubts(answers),
         notes=_notes(sessions, engines, protocol, machine.cache_bytes),
     )
 

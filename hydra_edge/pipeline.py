@@ -76,7 +76,7 @@ def build(
 
 
 def pays(engine: Engine) -> bool | None:
-    """Whether a lower precision made the engine faster than its fp32 twin; None when not measured."""
+    """Whether lower precision made the engine faster than its fp32 twin; None if not measured."""
     twin = engine.metrics.get("p50_ms_fp32_twin")
     return None if twin is None else engine.metrics["p50_ms"] < twin
 
@@ -90,6 +90,6 @@ def _explained(failures: tuple[str, ...], precision: Precision) -> tuple[str, st
     return (
         f"The {precision} engine drifted from its source: {'; '.join(failures)}.",
         "No engine was returned.",
-        "Calibrate with more or better data, keep the heads in fp16 (body=int8,heads=fp16), or pass "
-        "looser gates on purpose.",
+        "Calibrate with more or better data, keep the heads in fp16 (body=int8,heads=fp16), or "
+        "pass looser gates on purpose.",
     )

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 
 from hydra_edge.artifacts.report import IN_DISTRIBUTION, LatencyRow, Report
 from hydra_edge.errors import require
-from hydra_edge.wording import dataset, main_metric, metric, milliseconds, number
+from hydra_edge.wording import choose_metric, describe_metric, format_ms, name_dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SERIES = 6  # colours --c0 … --c5 and markers, one per session, starting over after that
+SERIES = 6  # colours and markers before they start over: --c0 … per session, --d0 … per data set
 MARKERS = "osD^vP"
 GLYPHS = "●■◆▲▼✚"
 _INK, _MUTED, _GRID, _PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _PAPER: "paper"} | {
-    f"#0a0c0{index}": f"c{index}" for index in range(SERIES)
+    f"#0a0{row}0{index}": f"{row}{index}" for row in "cd" for index in range(SERIES)
 }
 _WIDTH = 5.2  # inches: 374 points, about the width of a phone
 _LONGEST = 22  # characters of a name that fit beside an axis
@@ -77,7 +77,7 @@ class Plot:
     by_session: bool = True
 
 
-def plots(report: Report) -> tuple[Plot, ...]:
+def draw_plots(report: Report) -> tuple[Plot, ...]:
     """All plots of a report; one without data has a caption that says why.
 
     Raises:
@@ -85,8 +85,8 @@ def plots(report: Report) -> tuple[Plot, ...]:
     """
     sessions = tuple((row.label, i % SERIES) for i, row in enumerate(report.sessions))
     shifted = [name for name in report.datasets if name != IN_DISTRIBUTION]
-    sets = tuple((dataset(n), i % SERIES) for i, n in enumerate([IN_DISTRIBUTION, *shifted]))
-    name = main_metric(report)
+    sets = tuple((name_dataset(n), i % SERIES) for i, n in enumerate([IN_DISTRIBUTION, *shifted]))
+    name = choose_metric(report)
     batch = report.protocol.batches[0]
     quantity = report.histograms[0].quantity.replace("_", " ") if report.histograms else "doubt"
     return (
@@ -99,10 +99,10 @@ def plots(report: Report) -> tuple[Plot, ...]:
         ),
         Plot(
             "Latency against quality",
-            f"{metric(name).title} over the median latency at batch {batch}, logarithmic."
+            f"{describe_metric(name).title} over the median latency at batch {batch}, logarithmic."
             if name
             else "Not measured: no session has a figure of quality.",
-            _draw(report, "tradeoff", _tradeoff, 3.2) if name else "",
+            _draw(report, "tradeoff", _tradeoff, min(4.2, _latency_height(report))) if name else "",
             sessions if name else (),
         ),
         Plot(
@@ -111,13 +111,15 @@ def plots(report: Report) -> tuple[Plot, ...]:
             "be taken at its word; the larger the mark, the more samples."
             if report.reliabilities
             else "Not measured: it takes labels and a classifier.",
-            _draw(report, "reliability", _reliability, 3.6) if report.reliabilities else "",
+            _draw(report, "reliability", _reliability, min(4.6, _histogram_height(report)))
+            if report.reliabilities
+            else "",
             sessions if report.reliabilities else (),
         ),
         Plot(
             "Uncertainty, in and out of distribution",
             f"Share of samples over {quantity}, logarithmic. Shifted data belongs to the right of "
-            "the data in distribution, and the student's shapes should be the reference's."
+            "the data in distribution, and every session's shapes should be those of the reference."
             if report.histograms
             else "Not measured: no session has heads that can disagree.",
             _draw(report, "doubt", _histograms, _histogram_height(report))
@@ -154,8 +156,9 @@ def _inline(svg: str, name: str) -> str:
     return svg.strip()
 
 
-def _colour(index: int) -> str:
-    return f"#0a0c0{index % SERIES}"
+def _colour(index: int, row: str = "c") -> str:
+    """Placeholder of a session's colour, or of a data set's in row ``"d"``."""
+    return f"#0a0{row}0{index % SERIES}"
 
 
 def _short(name: str) -> str:
@@ -178,54 +181,59 @@ def _millisecond_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _latency_height(report: Report) -> float:
-    return 0.8 + 0.26 * len(report.latencies) + 0.4 * len(report.protocol.batches)
+    return max(3.0, 0.8 + 0.26 * len(report.latencies) + 0.4 * len(report.protocol.batches))
 
 
 def _latency(figure: Figure, report: Report) -> None:
     axes = figure.add_subplot()
-    order = [row.label for row in report.sessions]
+    across = axes.get_yaxis_transform()
+    ticks: dict[float, str] = {}
     y = 0.0
-    ticks: list[tuple[float, str]] = []
     for batch in report.protocol.batches:
-        axes.text(
-            0.0, y, f"batch {batch}", transform=axes.get_yaxis_transform(), weight="bold",
-            va="center",
-        )  # fmt: skip
-        for label in order:
+        axes.text(0, y, f"batch {batch}", transform=across, weight="bold", va="center")
+        axes.text(1.02, y, "median", transform=across, color=_MUTED, va="center")
+        for index, session in enumerate(report.sessions):
             y += 1
-            row = report.latency(label, batch)
-            _latency_mark(axes, y, row, order.index(label))
-            ticks.append((y, _short(label)))
+            row = report.latency(session.label, batch)
+            _latency_mark(axes, y, row, index)
+            axes.text(1.02, y, format_ms(row.p50_ms), transform=across, va="center")
+            ticks[y] = _short(session.label)
         y += 1.5
-    axes.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks])
+    axes.set_yticks(list(ticks), list(ticks.values()))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.set_ylim(y - 0.8, -0.7)
-    values = [v for row in report.latencies for v in (row.p50_ms, row.p99_ms)]
-    _millisecond_axis(axes, [*values, max(values) * 1.6])
+    _millisecond_axis(axes, [v for row in report.latencies for v in (row.p50_ms, row.p99_ms)])
 
 
 def _latency_mark(axes: Axes, y: float, row: LatencyRow, index: int) -> None:
     colour = _colour(index)
     axes.plot([row.p50_ms, row.p99_ms], [y, y], color=colour, lw=1.2, solid_capstyle="round")
     axes.plot([row.p50_ms, row.p90_ms], [y, y], color=colour, lw=4, solid_capstyle="round")
+    _mark(axes, row.p50_ms, y, index, size=6.5, filled=row.converged)
+
+
+def _mark(axes: Axes, x: float, y: float, index: int, *, size: float, filled: bool) -> None:
+    """The sign of one session; hollow when its latency did not converge."""
+    colour = _colour(index)
     axes.plot(
-        row.p50_ms, y, MARKERS[index % SERIES], color=colour, ms=6.5, mew=1.4,
-        mfc=colour if row.converged else _PAPER,
-    )  # fmt: skip
-    axes.annotate(
-        milliseconds(row.p50_ms), (row.p99_ms, y), (5, 0), textcoords="offset points",
-        va="center", color=_MUTED, size=8.5,
-    )  # fmt: skip
+        x,
+        y,
+        MARKERS[index % SERIES],
+        color=colour,
+        markersize=size,
+        markeredgewidth=1.5,
+        markerfacecolor=colour if filled else _PAPER,
+    )
 
 
 def _tradeoff(figure: Figure, report: Report) -> None:
     axes = figure.add_subplot()
-    name = main_metric(report)
+    name = choose_metric(report)
     batch = report.protocol.batches[0]
     assert name is not None
-    found = metric(name)
+    found = describe_metric(name)
     latencies = []
     for index, session in enumerate(report.sessions):
         if name not in session.quality:
@@ -233,10 +241,7 @@ def _tradeoff(figure: Figure, report: Report) -> None:
         row = report.latency(session.label, batch)
         latencies.append(row.p50_ms)
         value = session.quality[name] * (100 if found.percent else 1)
-        axes.plot(
-            row.p50_ms, value, MARKERS[index % SERIES], color=_colour(index), ms=10, mew=1.6,
-            mfc=_colour(index) if row.converged else _PAPER,
-        )  # fmt: skip
+        _mark(axes, row.p50_ms, value, index, size=10, filled=row.converged)
     axes.margins(y=0.25)
     axes.ticklabel_format(axis="y", useOffset=False)
     better = {None: "", True: " (higher is better)", False: " (lower is better)"}
@@ -255,7 +260,7 @@ def _reliability(figure: Figure, report: Report) -> None:
         total = sum(each.count for each in diagram.bins)
         confidence = [each.confidence for each in diagram.bins]
         accuracy = [each.accuracy for each in diagram.bins]
-        sizes = [12 + 260 * each.count / total for each in diagram.bins]
+        sizes = [20 + 240 * each.count / total for each in diagram.bins]
         axes.plot(confidence, accuracy, color=_colour(index), lw=1.3, alpha=0.8)
         axes.scatter(
             confidence,
@@ -274,7 +279,7 @@ def _reliability(figure: Figure, report: Report) -> None:
 
 
 def _histogram_height(report: Report) -> float:
-    return 0.6 + 1.15 * len({each.session for each in report.histograms})
+    return 0.8 + 1.1 * max(2, len({each.session for each in report.histograms}))
 
 
 def _histograms(figure: Figure, report: Report) -> None:
@@ -287,8 +292,10 @@ def _histograms(figure: Figure, report: Report) -> None:
         index = sets.index(each.dataset)
         shares = [100 * count / max(1, sum(each.counts)) for count in each.counts]
         top = max(top, *shares)
-        axes.stairs(shares, each.edges, color=_colour(index), fill=True, alpha=0.16, lw=0)
-        axes.stairs(shares, each.edges, color=_colour(index), lw=1.4)
+        colour = _colour(index, "d")
+        alpha = 0.35 if each.dataset == IN_DISTRIBUTION else 0.1
+        axes.stairs(shares, each.edges, color=colour, fill=True, alpha=alpha, lw=0)
+        axes.stairs(shares, each.edges, color=colour, lw=1.5)
     for session, axes in zip(sessions, panels, strict=True):
         axes.set_xscale("log")
         axes.set_ylim(0, top * 1.08)
@@ -300,7 +307,7 @@ def _histograms(figure: Figure, report: Report) -> None:
         math.ceil(math.log10(first.edges[0])), math.floor(math.log10(first.edges[-1])) + 1
     )
     last.set_xlim(first.edges[0], first.edges[-1])
-    last.set_xticks([10.0**power for power in decades], [number(10.0**p) for p in decades])
+    last.set_xticks([10.0**power for power in decades], [f"{10.0**p:g}" for p in decades])
     last.xaxis.set_minor_locator(require("matplotlib.ticker", "report").NullLocator())
     unit = ", nats" if first.quantity == "mutual_information" else ""
     last.set_xlabel(first.quantity.replace("_", " ") + unit)

@@ -27,6 +27,7 @@ from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.report import Figure, Machine, NotMeasured
 
 _TIMEOUT_S = 300.0
+_STATUS = Path("/proc/self/status")
 _RUNS = 3  # memory keeps growing until every buffer of a run exists
 
 
@@ -135,7 +136,7 @@ def _peak_memory_mb() -> Figure:
     ``ru_maxrss`` would not do: a child inherits it from its parent across exec.
     """
     try:
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+        match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text("utf-8"))
     except OSError:
         match = None
     if match is None:

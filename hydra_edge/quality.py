@@ -124,7 +124,7 @@ def judge(answers: Answers, labels: Array | None, reference: Answers | None) -> 
     return quality
 
 
-def reliability(session: str, answers: Answers, labels: Array | None) -> Reliability | None:
+def bin_reliability(session: str, answers: Answers, labels: Array | None) -> Reliability | None:
     """The reliability diagram of a classifier; None for another task or without labels.
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 2.
@@ -143,7 +143,7 @@ def reliability(session: str, answers: Answers, labels: Array | None) -> Reliabi
     return Reliability(session, bins)
 
 
-def histograms(answers: Mapping[str, Answers]) -> tuple[Histogram, ...]:
+def bin_doubts(answers: Mapping[str, Answers]) -> tuple[Histogram, ...]:
     """Epistemic uncertainty per session and data set, all over the same logarithmic bins."""
     doubts = {
         (label, name): (found.task.epistemic, found.doubt(name))

@@ -9,15 +9,15 @@ from hydra_edge.artifacts.report import Figure, NotMeasured, Report, SessionRow
 from hydra_edge.wording import (
     METRICS,
     MISSING,
-    dataset,
-    main_metric,
-    metric,
-    milliseconds,
-    number,
-    quality,
-    row_name,
-    scaled,
-    times,
+    choose_metric,
+    describe_metric,
+    format_ms,
+    format_number,
+    format_quality,
+    format_ratio,
+    format_scaled,
+    name_dataset,
+    name_row,
 )
 
 _MANY = 100  # calls from which a 99th percentile is more than the maximum
@@ -33,36 +33,36 @@ class Sheet:
     notes: tuple[str, ...] = ()
 
 
-def of(report: Report) -> tuple[Sheet, ...]:
+def fill_sheets(report: Report) -> tuple[Sheet, ...]:
     """All tables, most important first."""
     return (_glance(report), _latency(report), _quality(report), _sessions(report), _setup(report))
 
 
 def _glance(report: Report) -> Sheet:
     batches = report.protocol.batches
-    names = [name for name in (main_metric(report), "ece", "mi_rank_correlation") if name]
+    names = [name for name in (choose_metric(report), "ece", "mi_rank_correlation") if name]
     names += [name for name in _names(report) if name.startswith("ood_auroc_")]
     names = [name for name in names if any(name in row.quality for row in report.sessions)]
-    columns = ["Session", "Precision"]
-    for batch in batches:
-        columns.append(f"p50, batch {batch}")
-        if report.reference:
-            columns.append(f"Speed-up, batch {batch}")
     rows = []
     for row in report.sessions:
         cells = [row.label, row.precision]
         for batch in batches:
             found = report.latency(row.label, batch)
-            cells.append(milliseconds(found.p50_ms))
-            if report.reference:
-                cells.append(times(report.latency(report.reference, batch).p50_ms / found.p50_ms))
+            cell = format_ms(found.p50_ms)
+            if report.reference not in (None, row.label):
+                ratio = report.latency(report.reference, batch).p50_ms / found.p50_ms
+                cell += f" ({format_ratio(ratio)})"
+            cells.append(cell)
         rows.append((*cells, *(_cell(row, name) for name in names)))
-    notes = (f"Speed-up over {report.reference}: the ratio of p50.",) if report.reference else ()
+    columns = ("Session", "Precision", *(f"p50, batch {batch}" for batch in batches))
+    notes = ["p50 is the median time of one call."]
+    if report.reference:
+        notes = [f"{notes[0]} In brackets: how many times as fast as {report.reference}."]
     return Sheet(
         "At a glance",
-        (*columns, *(metric(name).title for name in names)),
+        (*columns, *(describe_metric(name).title for name in names)),
         tuple(rows),
-        notes,
+        tuple(notes),
     )
 
 
@@ -71,9 +71,9 @@ def _latency(report: Report) -> Sheet:
     for row in sorted(
         report.latencies, key=lambda found: report.protocol.batches.index(found.batch)
     ):
-        noise = f"{100 * row.noise:.1f} %{'' if row.converged else ', not converged'}"
+        noise = f"{100 * row.noise:.1f} %{'' if row.converged else '†'}"
         times_ms = (row.min_ms, row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.cold_p50_ms)
-        cells = [f"{number(value)}" for value in times_ms]
+        cells = [f"{format_number(value)}" for value in times_ms]
         if row.n < _MANY:
             cells[3] += "*"
         rows.append(
@@ -81,19 +81,22 @@ def _latency(report: Report) -> Sheet:
                 row.session,
                 str(row.batch),
                 *cells,
-                number(row.throughput_per_s),
+                format_number(row.throughput_per_s),
                 noise,
                 f"{row.n:,}",
             )
         )
     notes = [
         "Times in milliseconds of one call of session.run. Throughput is batch / p50 in samples "
-        "per second of one caller. Noise is the interquartile range of the windows' medians, relative "
-        "to their median. Cold is the median with emptied caches.",
+        "per second of one caller. Noise is the interquartile range of the windows' medians, "
+        "relative to their median. Cold is the median with emptied caches.",
     ]
     if any(row.n < _MANY for row in report.latencies):
         notes.append(f"* From fewer than {_MANY} calls: near the slowest of them.")
-    notes += _reasons(("cold", row.cold_p50_ms, row_name(row)) for row in report.latencies)
+    if not all(row.converged for row in report.latencies):
+        limit = f"{100 * report.protocol.max_noise:g} %"
+        notes.append(f"† Did not converge to a noise of {limit} in the time allowed.")
+    notes += _reasons(("cold", row.cold_p50_ms, name_row(row)) for row in report.latencies)
     columns = "Session,Batch,Fastest,p50,p90,p99,Mean,Cold p50,Throughput,Noise,Calls"
     return Sheet("Latency", tuple(columns.split(",")), tuple(rows), tuple(notes))
 
@@ -102,7 +105,7 @@ def _quality(report: Report) -> Sheet:
     labels = [row.label for row in report.sessions]
     rows = []
     for name in _names(report):
-        found = metric(name)
+        found = describe_metric(name)
         better = {None: "", True: " ↑", False: " ↓"}[found.higher_is_better]
         rows.append((found.title + better, *(_cell(row, name) for row in report.sessions)))
     notes = ["↑ higher is better, ↓ lower is better."] if rows else []
@@ -111,32 +114,34 @@ def _quality(report: Report) -> Sheet:
             f"Rank correlation, ratios and changes compare with {report.reference} over all data "
             "sets together, or over the one named; 1 is no difference."
         )
-    missing: dict[str, list[str]] = {}
+    missing: dict[str, dict[str, list[str]]] = {}
     for row in report.sessions:
         for name, reason in row.not_measured.items():
-            shown = name if name in ("task metrics", "drift") else metric(name).title
-            missing.setdefault(f"{row.label}: not measured, {reason}", []).append(shown)
-    notes += [f"{reason}: {', '.join(names)}." for reason, names in missing.items()]
+            missing.setdefault(reason.rstrip("."), {}).setdefault(row.label, []).append(
+                describe_metric(name).title
+            )
+    for reason, concerned in missing.items():
+        who = "; ".join(f"{label}: {', '.join(names)}" for label, names in concerned.items())
+        notes.append(f"Not measured because {reason}. {who}.")
     return Sheet("Quality and uncertainty", ("Figure", *labels), tuple(rows), tuple(notes))
 
 
 def _sessions(report: Report) -> Sheet:
-    columns: tuple[tuple[str, Callable[[SessionRow], str]], ...] = (
-        ("Session", lambda row: row.label),
+    shown: tuple[tuple[str, Callable[[SessionRow], str]], ...] = (
         ("Kind", lambda row: row.kind),
         ("Precision", lambda row: row.precision),
         ("Heads", lambda row: MISSING if row.heads is None else str(row.heads)),
         ("Engines", lambda row: str(row.engines)),
         ("Target", lambda row: f"{row.target} ({row.backend})"),
         ("Threads", lambda row: str(row.threads)),
-        ("Arithmetic per sample", lambda row: scaled(row.flops_per_sample, "FLOP")),
-        ("Parameters", lambda row: scaled(row.parameters, "")),
-        ("Weights", lambda row: scaled(row.weight_bytes, "B")),
-        ("Programs", lambda row: scaled(row.size_bytes, "B")),
-        ("Load", lambda row: milliseconds(row.load_ms)),
-        ("First run", lambda row: milliseconds(row.first_run_ms)),
-        ("Memory before", lambda row: scaled(_million(row.base_memory_mb), "B")),
-        ("Peak memory", lambda row: scaled(_million(row.peak_memory_mb), "B")),
+        ("Arithmetic per sample", lambda row: format_scaled(row.flops_per_sample, "FLOP")),
+        ("Parameters", lambda row: format_scaled(row.parameters, "")),
+        ("Weights", lambda row: format_scaled(row.weight_bytes, "B")),
+        ("Programs", lambda row: format_scaled(row.size_bytes, "B")),
+        ("Load", lambda row: format_ms(row.load_ms)),
+        ("First run", lambda row: format_ms(row.first_run_ms)),
+        ("Memory before", lambda row: format_scaled(_million(row.base_memory_mb), "B")),
+        ("Peak memory", lambda row: format_scaled(_million(row.peak_memory_mb), "B")),
         ("Energy per sample", lambda row: _energy(row.energy_mj)),
     )
     names = ("flops_per_sample", "load_ms", "peak_memory_mb", "energy_mj")
@@ -149,9 +154,8 @@ def _sessions(report: Report) -> Sheet:
             for row in report.sessions
         ),
     ]
-    titles = tuple(name for name, _ in columns)
-    rows = tuple(tuple(show(row) for _, show in columns) for row in report.sessions)
-    return Sheet("Sessions", titles, rows, tuple(notes))
+    rows = tuple((name, *map(show, report.sessions)) for name, show in shown)
+    return Sheet("Sessions", ("", *(row.label for row in report.sessions)), rows, tuple(notes))
 
 
 def _setup(report: Report) -> Sheet:
@@ -163,7 +167,7 @@ def _setup(report: Report) -> Sheet:
         ("Processor", f"{machine.cpu}, {machine.cores} cores, last-level cache {cache}"),
         ("System", machine.platform),
         ("Versions", ", ".join([f"Python {machine.python}", *_pairs(machine.versions)])),
-        ("Data", ", ".join(f"{dataset(name)} {n:,}" for name, n in report.datasets.items())),
+        ("Data", ", ".join(f"{name_dataset(name)} {n:,}" for name, n in report.datasets.items())),
         ("Batches", ", ".join(map(str, protocol.batches))),
         (
             "Protocol",
@@ -184,7 +188,7 @@ def _names(report: Report) -> list[str]:
 
 
 def _cell(row: SessionRow, name: str) -> str:
-    return quality(name, row.quality[name]) if name in row.quality else "–"
+    return format_quality(name, row.quality[name]) if name in row.quality else "–"
 
 
 def _pairs(values: Mapping[str, str]) -> list[str]:
@@ -196,7 +200,7 @@ def _million(value: Figure) -> Figure:
 
 
 def _energy(value: Figure) -> str:
-    return MISSING if isinstance(value, NotMeasured) else f"{number(value)} mJ"
+    return MISSING if isinstance(value, NotMeasured) else f"{format_number(value)} mJ"
 
 
 def _reasons(found: Iterable[tuple[str, Figure, str]]) -> list[str]:

@@ -29,10 +29,21 @@ def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     ops.declare(model)
     model.ir_version = max(model.ir_version, 8)
+    _keep_declarations(model, like)
     model.producer_name, model.producer_version = like.producer_name, like.producer_version
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
     return model
+
+
+def _keep_declarations(model: onnx.ModelProto, like: onnx.ModelProto) -> None:
+    """Inputs and outputs as ``like`` declares them: shape inference names nameless axes."""
+    declared = {value.name: value for value in (*like.graph.input, *like.graph.output)}
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name in declared:
+            shape, old = (v.type.tensor_type.shape for v in (value, declared[value.name]))
+            if len(shape.dim) == len(old.dim):
+                shape.CopyFrom(old)
 
 
 def fresh_name(graph: gs.Graph, stem: str) -> str:

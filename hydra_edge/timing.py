@@ -58,7 +58,7 @@ def _windows(
         for index in rng.permutation(len(labels)):
             label = labels[index]
             windows[label].append(_window(calls[label], protocol.window_s))
-        settled = all(noise(found) <= protocol.max_noise for found in windows.values())
+        settled = all(_noise(found) <= protocol.max_noise for found in windows.values())
         late = count > 1 and time.perf_counter() > end
         if late or (settled and count >= protocol.min_windows):
             break
@@ -81,7 +81,7 @@ def _timed_ms(call: Call) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def noise(windows: Sequence[Sequence[float]]) -> float:
+def _noise(windows: Sequence[Sequence[float]]) -> float:
     """Interquartile range of the windows' medians, relative to their median."""
     low, middle, high = np.percentile([np.median(window) for window in windows], (25, 50, 75))
     return float((high - low) / middle)
@@ -112,7 +112,7 @@ def _row(
 ) -> LatencyRow:
     samples = np.concatenate(windows)
     p50, p90, p99 = map(float, np.percentile(samples, (50, 90, 99)))
-    spread = noise(windows)
+    spread = _noise(windows)
     return LatencyRow(
         session=label,
         batch=batch,

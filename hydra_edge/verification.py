@@ -104,7 +104,7 @@ def verify(
 
     Args:
         model: What to judge: an engine, an open session or a graph.
-        reference: What it must resemble, e.g. the fp32 graph, or the ensemble it was distilled from.
+        reference: What it must resemble, e.g. the fp32 graph, or the ensemble behind it.
         inputs: An array, or arrays by input name; axis 0 is the sample.
         labels: Ground truth ``[N]``; without it only drift is judged.
         gates: Limits; sensible ones by default.

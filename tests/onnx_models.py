@@ -1,8 +1,8 @@
-"""Small ONNX models made by hand, which is a hundred times faster than exporting them from torch."""
+"""Small ONNX models made by hand, a hundred times faster than exporting them from torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from hydra_edge.artifacts.engine import Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph, Metadata
 from hydra_edge.backends.onnxruntime import build, evaluate
 from hydra_edge.exporting import summarize
+from hydra_edge.fusion import fuse
 
 Array = npt.NDArray[np.generic]
 Shape = Sequence[int | str] | None
@@ -46,7 +47,9 @@ class Net:
         self.nodes.append(node)
         return output
 
-    def qdq(self, x: str, scale: object = 0.05, dtype: npt.DTypeLike = np.int8, zero: int = 0) -> str:
+    def qdq(
+        self, x: str, scale: object = 0.05, dtype: npt.DTypeLike = np.int8, zero: int = 0
+    ) -> str:
         """QuantizeLinear and DequantizeLinear of an activation."""
         s, z = self.const(scale), self.const(zero, dtype)
         return self.op("DequantizeLinear", self.op("QuantizeLinear", x, s, z), s, z)
@@ -97,7 +100,7 @@ def join(net: Net, heads: Sequence[str], c: int, kind: str = "stack0") -> dict[s
     """Bring heads ``[B, C]`` together; returns the graph outputs."""
     m = len(heads)
     if kind == "outputs":
-        return {head: ("batch", c) for head in heads}
+        return dict.fromkeys(heads, ("batch", c))
     if kind.startswith("stack"):
         axis = int(kind[5:])
         axes = net.const([axis], np.int64)
@@ -168,9 +171,7 @@ def conv_student(m: int = 3, c: int = 4) -> Graph:
     h = net.op("MaxPool", net.op("Relu", h), kernel_shape=[2, 2], strides=[2, 2])
     h = net.op("Conv", h, net.random(8, 8, 3, 3, scale=0.2), net.random(8), pads=[1, 1, 1, 1])
     h = net.op("Flatten", net.op("GlobalAveragePool", net.op("Relu", h)))
-    heads = [
-        linear(net, net.op("Relu", linear(net, h, 8, 6)), 6, c) for _ in range(m)
-    ]
+    heads = [linear(net, net.op("Relu", linear(net, h, 8, 6)), 6, c) for _ in range(m)]
     graph = net.graph(join(net, heads, c))
     return summarize(graph, "classification", "logits")
 
@@ -187,7 +188,7 @@ def feeds_for(graph: Graph, batch: int = 7, seed: int = 5) -> dict[str, Array]:
 
 
 def assert_same(a: Graph, b: Graph, *, batches: Sequence[int] = (1, 7), rtol: float = 2e-5) -> None:
-    """Two graphs give the same outputs, by name; fp32 sums in another order differ by about 1e-6."""
+    """Two graphs give the same outputs; fp32 sums in another order differ by about 1e-6."""
     assert [spec.name for spec in a.outputs] == [spec.name for spec in b.outputs]
     for batch in batches:
         feeds = feeds_for(a, batch)
@@ -195,6 +196,35 @@ def assert_same(a: Graph, b: Graph, *, batches: Sequence[int] = (1, 7), rtol: fl
         for name, expected in right.items():
             assert left[name].shape == expected.shape, name
             np.testing.assert_allclose(left[name], expected, rtol=rtol, atol=rtol, err_msg=name)
+
+
+def assert_fuses(graph: Graph, *, heads: int = 3, rtol: float = 2e-5) -> Graph:
+    """One group, equal numbers, same interface, and no trace of the separate heads."""
+    fused = fuse(graph)
+    assert [(group.fused, group.heads, group.reason) for group in fused.fusion] == [
+        (True, heads, "")
+    ]
+    assert fused.inputs == graph.inputs
+    assert fused.outputs == graph.outputs
+    assert_same(fused, graph, rtol=rtol)
+    assert fuse(fused).data == fused.data
+    return fused
+
+
+def assert_untouched(graph: Graph, reason: str) -> None:
+    """The same model comes back, with the reason."""
+    fused = fuse(graph)
+    assert [group.fused for group in fused.fusion] == [False]
+    assert reason in fused.fusion[0].reason
+    assert fused.model.SerializeToString() == graph.model.SerializeToString()
+    assert fuse(fused).data == fused.data
+
+
+def heads_of(make: Callable[[Net, str, int], str], m: int = 3, c: int = 4, k: int = 6) -> Graph:
+    """A graph whose heads ``make(net, x, head)`` writes, stacked."""
+    net = Net()
+    x = net.input("x", ("batch", k))
+    return net.graph(join(net, [make(net, x, head) for head in range(m)], c))
 
 
 def ops_of(graph: Graph) -> list[str]:

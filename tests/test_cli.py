@@ -21,7 +21,8 @@ from hydra_edge.exporting import summarize
 
 FEATURES, HIDDEN, CLASSES, HEADS, SAMPLES = 12, 16, 4, 3, 120
 VERBS = (
-    "demo export quantize fuse merge compile verify bench run inspect targets doctor".split()
+    *("demo", "export", "merge", "quantize", "fuse", "compile", "verify", "bench", "run"),
+    *("inspect", "targets", "doctor"),
 )
 
 
@@ -121,7 +122,9 @@ def test_compile_quantizes_fuses_and_verifies(files: Path, tmp_path: Path) -> No
     metrics = json.loads(done.stdout)["metrics"]
     assert metrics["mi_rank_correlation"] > 0.95
     assert {"p50_ms", "p50_ms_fp32_twin", "accuracy"} <= set(metrics)
-    done = hydra("verify", engine, "--against", files / "student.onnx", "--data", files / "test.npz")
+    done = hydra(
+        "verify", engine, "--against", files / "student.onnx", "--data", files / "test.npz"
+    )
     assert done.exit_code == 0, done.output
     assert "passed on 120 samples" in done.stdout
 
@@ -173,7 +176,9 @@ def test_targets_and_doctor() -> None:
     assert "cpu" in json.loads(hydra("targets", "--json").stdout)
     done = hydra("doctor", "--json")
     assert done.exit_code == 0
-    assert json.loads(done.stdout)["onnxruntime"].startswith(he.compilation.backends.find("onnxruntime").versions()["onnxruntime"])
+    assert json.loads(done.stdout)["onnxruntime"].startswith(
+        he.compilation.backends.find("onnxruntime").versions()["onnxruntime"]
+    )
 
 
 @pytest.mark.parametrize("bad", ["missing.onnx", ".", "text.onnx", "corrupt.onnx"])
@@ -257,7 +262,8 @@ def test_help_is_fast_and_loads_nothing_heavy() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from hydra_edge.cli import app; "
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
-        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -269,7 +275,8 @@ def test_ctrl_c_says_so_and_leaves_no_file(files: Path, tmp_path: Path) -> None:
         "def stop(*a, **k): raise KeyboardInterrupt\n"
         "c.lowering.lower = stop\n"
         "from hydra_edge.cli import main\n"
-        f"sys.argv = ['hydra-edge', 'compile', {str(files / 'student.onnx')!r}, '-o', {str(out)!r}]\n"
+        f"graph, out = {str(files / 'student.onnx')!r}, {str(out)!r}\n"
+        "sys.argv = ['hydra-edge', 'compile', graph, '-o', out]\n"
         "main()"
     )
     started = time.monotonic()

@@ -50,9 +50,7 @@ def graph() -> he.Graph:
 
 def test_int8_engine_with_its_twin_and_its_drift(graph: he.Graph) -> None:
     steps: list[str] = []
-    engine = build(
-        graph, precision="int8", calibration=INPUTS, data=INPUTS, on_step=steps.append
-    )
+    engine = build(graph, precision="int8", calibration=INPUTS, data=INPUTS, on_step=steps.append)
     assert [step.split()[0] for step in steps] == ["quantize", "fuse", "compile", "time", "verify"]
     assert engine.precision == "int8"
     assert engine.calibration_sha256

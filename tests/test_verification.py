@@ -17,7 +17,7 @@ from hydra_edge.verification import Gates, verify
 
 HEADS, FEATURES, CLASSES, SAMPLES = 5, 6, 4, 200
 RNG = np.random.default_rng(0)
-# Heads that agree on the answer and differ around it: collapsing them costs diversity, not accuracy.
+# Heads that agree on the answer and differ around it: collapsing them costs no accuracy.
 COMMON = RNG.standard_normal((1, FEATURES, CLASSES)) * 1.5
 WEIGHTS = (COMMON + RNG.standard_normal((HEADS, FEATURES, CLASSES)) * 0.6).astype(np.float32)
 INPUTS = RNG.standard_normal((SAMPLES, FEATURES)).astype(np.float32)

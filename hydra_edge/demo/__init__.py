@@ -1,4 +1,4 @@
-"""The whole story on real data: ten trained networks become one engine that knows when it does not know.
+"""The whole story on real data: ten networks become one engine that knows when it does not know.
 
 Everything is kept in one folder; what is there already is not trained again.
 """
@@ -15,7 +15,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-
 
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.files import write_atomic
@@ -184,8 +183,7 @@ def _compile(
         MERGED: build(ensemble, options=options),
         MERGED_INT8: compile(quantize(ensemble, "int8", calibration=calibration), options=options),
         SESSIONS: [
-            compile(graphs[f"member-{index}"], options=options)
-            for index in range(networks.HEADS)
+            compile(graphs[f"member-{index}"], options=options) for index in range(networks.HEADS)
         ],
     }
     for label, name in ((STUDENT, "student"), (STUDENT_FP32, "student-fp32"), (MERGED, "ensemble")):
@@ -246,7 +244,9 @@ def _checks(
             0.01,
         ),
         _at_most(
-            "NLL above the ensemble", against.metrics["nll"] - against.reference_metrics["nll"], 0.05
+            "NLL above the ensemble",
+            against.metrics["nll"] - against.reference_metrics["nll"],
+            0.05,
         ),
         _at_least(
             "rank correlation of mutual information with the ensemble's",
@@ -257,7 +257,8 @@ def _checks(
     for name, images in sets.items():
         ratio = verify(int8, graphs["ensemble"], images).drift["mi_ratio"]
         passed = 0.5 <= ratio <= 1.5
-        checks.append(Check(f"mutual information over the ensemble's, {name}", ratio, "0.5 to 1.5", passed))
+        title = f"mutual information over the ensemble's, {name}"
+        checks.append(Check(title, ratio, "0.5 to 1.5", passed))
     for name in shifted:
         key = f"ood_auroc_{name}"
         gap = abs(rows[STUDENT].quality[key] - rows[MERGED].quality[key])
@@ -276,7 +277,9 @@ def _checks(
     ]
     ratio = float(str(rows[MERGED].flops_per_sample)) / float(str(rows[STUDENT].flops_per_sample))
     for batch in report.protocol.batches:
-        strongest = min(speedup(report, STUDENT, label, batch) for label in (MERGED, MERGED_INT8, SESSIONS))
+        strongest = min(
+            speedup(report, STUDENT, label, batch) for label in (MERGED, MERGED_INT8, SESSIONS)
+        )
         checks.append(
             _at_least(
                 f"times as fast as the strongest ensemble, batch {batch} (FLOP ratio {ratio:.1f})",
@@ -305,5 +308,3 @@ def _progress(console: Console) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console) as bar:
         yield bar
-
-

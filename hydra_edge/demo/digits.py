@@ -1,8 +1,8 @@
 """The demo's data: scikit-learn's handwritten digits, shifted versions of them, and a transfer set.
 
 The shifted sets are never trained on. The transfer set is what the student learns from: images on
-which the members disagree are where the ensemble's uncertainty can be seen, and a plain training set
-has hardly any.
+which the members disagree are where the ensemble's uncertainty can be seen, and a plain training
+set has hardly any.
 """
 
 from __future__ import annotations
@@ -98,13 +98,10 @@ class Painter:
         angle = spread(amount.rotation * math.pi / 180)
         wide, high = 1 + spread(amount.scale), 1 + spread(amount.scale)
         cos, sin = torch.cos(angle), torch.sin(angle)
-        matrix = torch.stack(
-            [
-                torch.stack([cos / wide, (spread(amount.shear) - sin) / wide, spread(amount.shift)], 1),
-                torch.stack([sin / high, cos / high, spread(amount.shift)], 1),
-            ],
-            1,
-        )
+        shear = spread(amount.shear)
+        x = torch.stack([cos / wide, (shear - sin) / wide, spread(amount.shift)], 1)
+        y = torch.stack([sin / high, cos / high, spread(amount.shift)], 1)
+        matrix = torch.stack([x, y], 1)
         grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
         return functional.grid_sample(images, grid, align_corners=False)
 

@@ -1,4 +1,4 @@
-"""The demo's networks, and how a member is trained. `member` and `student` are factories for the CLI."""
+"""The demo's networks, and how a member is trained; `member` and `student` are factories."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train_member(
     """Train one member with its own initial weights, shuffling and augmentation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = member().to(memory_format=torch.channels_last).train()
+        model = member().train()
     painter = Painter(seed)
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, weight_decay=1e-2)
@@ -72,9 +72,10 @@ def train_member(
     for _ in range(_EPOCHS):
         distorted = painter.jitter(x, AUGMENTATION)
         order = torch.randperm(len(x), generator=painter.generator)
-        for batch in order[: steps * _BATCH].split(_BATCH):
+        for batch in torch.split(order[: steps * _BATCH], _BATCH):
             optimizer.zero_grad()
-            functional.cross_entropy(model(distorted[batch]), y[batch]).backward()
+            loss = functional.cross_entropy(model(distorted[batch]), y[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             schedule.step()

@@ -224,7 +224,7 @@ def ood_auroc(score_in: npt.ArrayLike, score_out: npt.ArrayLike) -> float:
 
 
 def _mutual_information(logits: torch.Tensor) -> torch.Tensor:
-    """``[B]`` in nats, plus 1e-4: the root of what comes near 0 would have an unbounded gradient."""
+    """``[B]`` in nats, plus 1e-4: a root near 0 would have an unbounded gradient."""
     log_prob = logits.log_softmax(-1)
     prob = log_prob.exp()
     mean = prob.mean(0)

@@ -1,0 +1,267 @@
+"""Which heads must not fuse, and what the pass promises about all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from onnx_models import (
+    Net,
+    activate,
+    assert_untouched,
+    join,
+    linear,
+    mlp_heads,
+    student,
+)
+
+from hydra_edge import stacking
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.errors import FusionError, GraphError
+from hydra_edge.fusion import fuse
+from hydra_edge.stacking import Emitted, Stacker
+
+# near misses
+
+
+def linears(net: Net, x: str, widths: tuple[int, ...]) -> str:
+    width = 6
+    for size in widths:
+        x, width = net.op("Relu", linear(net, x, width, size)), size
+    return linear(net, x, width, 4)
+
+
+NEAR_MISSES: dict[str, tuple[Callable[[Net, str, int], str], str]] = {
+    "other hidden width": (
+        lambda net, x, head: linears(net, x, (5 + (head == 2),)),
+        "branch 2 has a weight [6, 6] float32 where branch 0 has [6, 5] float32",
+    ),
+    "other activation": (
+        lambda net, x, head: linear(
+            net, activate(net, linear(net, x, 6, 5), "Tanh" if head == 1 else "Relu"), 5, 4
+        ),
+        "branch 1 has Tanh where branch 0 has Relu",
+    ),
+    "other attribute": (
+        lambda net, x, head: linear(
+            net, net.op("LeakyRelu", linear(net, x, 6, 5), alpha=0.1 * (head + 1)), 5, 4
+        ),
+        "branch 1 has a LeakyRelu with other attributes than branch 0",
+    ),
+    "one more layer": (
+        lambda net, x, head: linears(net, x, (5, 5) if head == 2 else (5,)),
+        "branch 0 starts at the graph input 'x'",
+    ),
+    "one without bias": (
+        lambda net, x, head: linear(net, x, 6, 4, "gemm_nobias" if head else "gemm"),
+        "branch 1 has a Gemm with other inputs than branch 0",
+    ),
+    "a limit only in some": (
+        lambda net, x, head: linear(
+            net,
+            net.op("Clip", linear(net, x, 6, 5), net.const(0) if head else "", net.const(1)),
+            5,
+            4,
+        ),
+        "some branches leave out input 1 of Clip",
+    ),
+    "other limits": (
+        lambda net, x, head: linear(
+            net, net.op("Clip", linear(net, x, 6, 5), net.const(-head)), 5, 4
+        ),
+        "Clip has parameters that differ between branches",
+    ),
+    "an operator without a stacked form": (
+        lambda net, x, _: linear(
+            net, net.op("CumSum", linear(net, x, 6, 5), net.const(1, np.int64)), 5, 4
+        ),
+        "CumSum has no stacked form",
+    ),
+    "a transposed input": (
+        lambda net, x, _: net.op("Gemm", net.op("Transpose", x), net.random(6, 4), transA=1),
+        "Gemm transposes its input",
+    ),
+    "a bias per sample": (
+        lambda net, x, _: net.op(
+            "Gemm", x, net.random(6, 4), net.op("ReduceMax", x, net.const([1], np.int64))
+        ),
+        "an operand that must be constant is computed",
+    ),
+    "the weight on the left": (
+        lambda net, x, _: net.op("MatMul", net.random(6, 6), net.op("Transpose", x)),
+        "an operand that must be constant is computed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES)
+def test_near_misses_stay(case: str) -> None:
+    make, reason = NEAR_MISSES[case]
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    heads = [make(net, x, head) for head in range(3)]
+    assert_untouched(net.graph({net.op("Concat", *heads, axis=0): (None, None)}), reason)
+
+
+def test_other_output_widths_stay() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    heads = [linear(net, x, 6, 4), linear(net, x, 6, 4), linear(net, x, 6, 5)]
+    graph = net.graph({net.op("Concat", *heads, axis=1): ("batch", 13)})
+    assert_untouched(graph, "branch 2 has a weight [6, 5] float32 where branch 0 has [6, 4]")
+
+
+def test_axes_that_differ_stay() -> None:
+    net = Net()
+    x = net.input("x", (6, 6))
+    heads = [
+        net.op("ReduceMean", linear(net, x, 6, 6), net.const([axis], np.int64), keepdims=0)
+        for axis in (0, 1)
+    ]
+    graph = net.graph({net.op("Concat", *heads, axis=0): (12,)})
+    assert_untouched(graph, "ReduceMean has parameters that differ between branches")
+
+
+def test_inner_value_read_elsewhere_stays() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    hidden = [net.op("Relu", linear(net, x, 6, 5)) for _ in range(3)]
+    heads = [linear(net, h, 5, 4) for h in hidden]
+    outputs = join(net, heads, 4)
+    graph = net.graph({**outputs, net.op("Neg", hidden[1]): ("batch", 5)})
+    assert_untouched(graph, "the Relu of branch 1 is also used by Neg")
+
+
+def test_inner_value_as_graph_output_stays() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    hidden = [net.op("Relu", linear(net, x, 6, 5)) for _ in range(3)]
+    heads = [linear(net, h, 5, 4) for h in hidden]
+    graph = net.graph({**join(net, heads, 4), hidden[2]: ("batch", 5)})
+    assert_untouched(graph, "the Relu of branch 2 is also used as a graph output")
+
+
+def test_head_read_before_the_join_stays() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    heads = [linear(net, x, 6, 4) for _ in range(3)]
+    graph = net.graph({**join(net, heads, 4), net.op("Neg", heads[0]): ("batch", 4)})
+    assert_untouched(graph, "the Gemm of branch 0 is also used by Neg")
+
+
+def test_constants_missing_in_one_branch_stay() -> None:
+    net = Net()
+    x, w = net.input("x", ("batch", 6)), net.input("w", (6, 4))
+    heads = [net.op("MatMul", x, w if head == 1 else net.random(6, 4)) for head in range(3)]
+    graph = net.graph(join(net, heads, 4))
+    assert_untouched(graph, "branch 1 computes a value that is a constant in another branch")
+
+
+def test_weights_that_are_inputs_stay() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    heads = [net.op("MatMul", x, net.input(f"w{head}", (6, 4))) for head in range(3)]
+    assert_untouched(net.graph(join(net, heads, 4)), "starts at the graph input 'w0'")
+
+
+def test_conv_heads_stay() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 3, 8, 8))
+    heads = [net.op("Conv", x, net.random(4, 3, 3, 3)) for _ in range(3)]
+    graph = net.graph({net.op("Concat", *heads, axis=1): ("batch", 12, 6, 6)})
+    assert_untouched(graph, "Conv has no stacked form")
+
+
+def test_sequences_stay() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 5, 6))
+    heads = [net.op("MatMul", x, net.random(6, 4)) for _ in range(3)]
+    graph = net.graph({net.op("Concat", *heads, axis=2): ("batch", 5, 12)})
+    assert_untouched(graph, "MatMul of anything but [B, K] features")
+
+
+@pytest.mark.parametrize("kind", ["stack0", "outputs"])
+def test_one_head_is_no_group(kind: str) -> None:
+    graph = mlp_heads(m=1, kind=kind)
+    fused = fuse(graph)
+    assert fused.fusion == ()
+    assert fused.model.SerializeToString() == graph.model.SerializeToString()
+
+
+def test_concat_of_features_is_no_group() -> None:
+    net = Net()
+    a, b = net.input("a", ("batch", 6)), net.input("b", ("batch", 6))
+    graph = net.graph(
+        {net.op("Concat", net.op("Relu", a), net.op("Relu", b), axis=1): ("batch", 12)}
+    )
+    assert not any(group.fused for group in fuse(graph).fusion)
+
+
+# contracts of the pass
+
+
+def test_source_is_not_changed() -> None:
+    graph = student()
+    before = graph.model.SerializeToString(deterministic=True)
+    fuse(graph)
+    assert graph.model.SerializeToString(deterministic=True) == before
+
+
+def test_same_graph_same_bytes() -> None:
+    assert fuse(student()).data == fuse(student()).data
+
+
+def test_metadata_of_others_survives() -> None:
+    graph = student()
+    graph.model.metadata_props.add(key="author", value="someone")
+    graph.model.producer_name = "their exporter"
+    fused = fuse(graph)
+    assert {p.key: p.value for p in fused.model.metadata_props}["author"] == "someone"
+    assert fused.model.producer_name == "their exporter"
+    assert fused.model.ir_version == graph.model.ir_version
+
+
+def test_fused_file_is_valid_onnx(tmp_path: Path) -> None:
+    fused = fuse(student())
+    again = Graph.load(fused.save(tmp_path / "fused.onnx"))
+    assert again.data == fused.data
+    onnx.checker.check_model(again.model, full_check=True)
+
+
+def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads in another order: the smallest lie a rule can tell."""
+
+    def swapped(stacker: Stacker, step: stacking.Step) -> Emitted:
+        right = stacking._gemm(stacker, step)
+        stacker.nodes[-1].inputs[1] = stacker.constant(stacker.nodes[-1].inputs[1].values[::-1])
+        return right
+
+    monkeypatch.setattr(stacking, "RULES", {**stacking.RULES, "Gemm": swapped})
+    graph = student()
+    with pytest.raises(FusionError, match=r"differs from its source by .* on 'logits'"):
+        fuse(graph)
+
+
+def test_one_slightly_wrong_head_among_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(stacker: Stacker, step: stacking.Step) -> Emitted:
+        right = stacking._gemm(stacker, step)
+        values = stacker.nodes[-1].inputs[1].values.copy()
+        values[7] *= 1.001
+        stacker.nodes[-1].inputs[1] = stacker.constant(values)
+        return right
+
+    monkeypatch.setattr(stacking, "RULES", {**stacking.RULES, "Gemm": off})
+    with pytest.raises(FusionError):
+        fuse(mlp_heads(m=50, hidden=()))
+
+
+def test_a_text_input_says_so() -> None:
+    net = Net()
+    x, _ = net.input("x", ("batch", 6)), net.input("word", ("batch",), TensorProto.STRING)
+    graph = net.graph(join(net, [linear(net, x, 6, 4) for _ in range(3)], 4))
+    with pytest.raises(GraphError, match=r"'word: object.* is not a tensor of numbers"):
+        fuse(graph)

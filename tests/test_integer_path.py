@@ -1,0 +1,207 @@
+"""The integers that are multiplied stay the same, and ONNX Runtime really multiplies integers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto
+from onnx_models import Net, conv_student, feeds_for, ops_of
+
+from hydra_edge import integer_path, ops, surgery
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.backends.onnxruntime import evaluate
+from hydra_edge.fusion import fuse
+from hydra_edge.lowering import LOWERINGS, lower
+from hydra_edge.quantization import quantize
+
+
+def rewritten(graph: Graph) -> Graph:
+    surgeon = surgery.open_model(graph.model)
+    integer_path.hoist_quantize(surgeon)
+    integer_path.shift_to_uint8(surgeon)
+    return Graph(surgery.close_model(surgeon, like=graph.model))
+
+
+def plain(graph: Graph, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Q/DQ as they stand: without optimizations, ONNX Runtime computes them in fp32."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    payload = ops.inline(graph.model).SerializeToString()
+    session = ort.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def assert_exact(graph: Graph) -> Graph:
+    """Bit by bit the same, as long as no optimizer touches either."""
+    found = rewritten(graph)
+    for batch in (1, 5):
+        feeds = feeds_for(graph, batch)
+        expected, actual = plain(graph, feeds), plain(found, feeds)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(actual[name], array, err_msg=name)
+    onnx.checker.check_model(found.model)
+    return found
+
+
+def image_net(tail: tuple[str, ...], *, dtype: type[np.integer] = np.int8, zero: int = 0) -> Graph:
+    """Q/DQ, Conv, ``tail``, Q/DQ, Conv."""
+    net = Net()
+    x = net.qdq(net.input("x", ("batch", 2, 8, 8)))
+    h = net.op("Conv", x, net.random(4, 2, 3, 3, scale=0.3), net.random(4))
+    for op in tail:
+        if op == "MaxPool":
+            h = net.op(op, h, kernel_shape=[2, 2], strides=[2, 2])
+        elif op == "Transpose":
+            h = net.op(op, h, perm=[0, 1, 3, 2])
+        elif op == "Reshape":
+            h = net.op(op, h, net.const([0, 0, -1, 1], np.int64))
+        elif op == "Unsqueeze":
+            axes = net.const([2], np.int64)
+            h = net.op("Squeeze", net.op(op, h, axes), axes)
+        else:
+            h = net.op(op, h)
+    y = net.op("Conv", net.qdq(h, 0.02, dtype, zero), net.random(3, 4, 1, 1))
+    return net.graph({y: ("batch", 3, "h", "w")})
+
+
+TAILS = [
+    (),
+    ("Relu",),
+    ("MaxPool",),
+    ("Relu", "MaxPool"),
+    ("MaxPool", "Relu"),
+    ("Transpose",),
+    ("Relu", "Reshape"),
+    ("Unsqueeze", "Relu"),
+    ("Relu", "Relu"),
+]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_hoisting_and_shifting_are_exact(tail: tuple[str, ...]) -> None:
+    found = assert_exact(image_net(tail))
+    writers = {name: node.op_type for node in found.model.graph.node for name in node.output}
+    quantized = [n for n in found.model.graph.node if n.op_type == "QuantizeLinear"]
+    assert [writers.get(n.input[0]) for n in quantized] == [None, "Conv"]
+    assert "Relu" not in ops_of(found)
+
+
+@pytest.mark.parametrize("tail", [("Sigmoid",), ("Relu", "Tanh"), ("Exp", "MaxPool")])
+def test_other_operators_are_not_passed(tail: tuple[str, ...]) -> None:
+    graph = image_net(tail)
+    assert Counter(ops_of(assert_exact(graph))) == Counter(ops_of(graph))
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [(np.uint8, 0), (np.uint8, 128), (np.int8, 3)])
+def test_asymmetric_quantization_is_left_alone(dtype: type[np.integer], zero: int) -> None:
+    graph = image_net(("Relu",), dtype=dtype, zero=zero)
+    assert Counter(ops_of(assert_exact(graph))) == Counter(ops_of(graph))
+
+
+def test_a_tensor_with_two_readers_is_left_alone() -> None:
+    net = Net()
+    x = net.qdq(net.input("x", ("batch", 2, 8, 8)))
+    h = net.op("Relu", net.op("Conv", x, net.random(4, 2, 3, 3)))
+    y = net.op("Conv", net.qdq(h), net.random(3, 4, 1, 1))
+    graph = net.graph({y: ("batch", 3, 6, 6), net.op("Neg", h): ("batch", 4, 6, 6)})
+    assert "Relu" in ops_of(assert_exact(graph))
+
+
+def test_an_inner_graph_output_is_left_alone() -> None:
+    net = Net()
+    x = net.qdq(net.input("x", ("batch", 2, 8, 8)))
+    h = net.op("Relu", net.op("Conv", x, net.random(4, 2, 3, 3)))
+    y = net.op("Conv", net.qdq(h), net.random(3, 4, 1, 1))
+    assert_exact(net.graph({y: ("batch", 3, 6, 6), h: ("batch", 4, 6, 6)}))
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_integers_as_graph_output_keep_type_and_value(back: bool) -> None:
+    net = Net()
+    x = net.input("x", ("batch", 2, 8, 8))
+    h = net.op("Relu", net.op("Conv", x, net.random(4, 2, 3, 3)))
+    scale, zero = net.const(0.05), net.const(0, np.int8)
+    q = net.op("QuantizeLinear", h, scale, zero)
+    outputs = {q: ("batch", 4, 6, 6)}
+    if back:
+        outputs[net.op("DequantizeLinear", q, scale, zero)] = ("batch", 4, 6, 6)
+    found = assert_exact(net.graph(outputs, dtypes={q: TensorProto.INT8}))
+    assert found.outputs[0].dtype == "int8"
+
+
+def test_a_back_conversion_with_another_zero_point_is_left_alone() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    q = net.op("QuantizeLinear", x, net.const(0.05), net.const(0, np.int8))
+    y = net.op("DequantizeLinear", q, net.const(0.05), net.const(7, np.int8))
+    assert_exact(net.graph({y: ("batch", 6)}))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "with zero points"])
+def test_integer_matmuls_of_others(side: str) -> None:
+    net = Net()
+    x = net.input("x", (6, 6))
+    q = net.op("QuantizeLinear", x, net.const(0.05), net.const(0, np.int8))
+    weight = net.const(net.rng.integers(-99, 99, (6, 6)), np.int8)
+    inputs = {
+        "left": (q, weight),
+        "right": (weight, q),
+        "with zero points": (q, weight, net.const(1, np.int8), net.const(-3, np.int8)),
+    }[side]
+    y = net.op("Cast", net.op("MatMulInteger", *inputs), to=1)
+    found = assert_exact(net.graph({y: (6, 6)}))
+    shifted = any(t.data_type == TensorProto.UINT8 for t in found.model.graph.initializer)
+    assert shifted == (side == "left")
+
+
+def test_a_clip_of_integers_is_left_alone() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    scale, zero = net.const(0.05), net.const(0, np.int8)
+    q = net.op("QuantizeLinear", x, scale, zero)
+    clipped = net.op("Clip", q, net.const(-5, np.int8), net.const(9, np.int8))
+    assert_exact(net.graph({net.op("DequantizeLinear", clipped, scale, zero): ("batch", 6)}))
+
+
+def test_equal_node_names_do_not_matter() -> None:
+    graph = image_net(("Relu",))
+    for node in graph.model.graph.node:
+        node.name = "same"
+    assert_exact(graph)
+
+
+@pytest.fixture(scope="module")
+def int8_student() -> Graph:
+    graph = conv_student()
+    return fuse(quantize(graph, "int8", calibration=feeds_for(graph, 64)))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_the_lowered_student_is_faithful(int8_student: Graph, lowering: str) -> None:
+    feeds = feeds_for(int8_student, 9)
+    expected = plain(int8_student, feeds)
+    lowered = lower(int8_student, lowering)
+    np.testing.assert_allclose(plain(lowered, feeds)["logits"], expected["logits"], atol=1e-5)
+    # The optimizer may round a halfway case the other way: one step of the heads' input scale.
+    np.testing.assert_allclose(
+        evaluate(lowered.model, feeds)["logits"], expected["logits"], atol=0.05
+    )
+
+
+def test_onnxruntime_runs_integer_convolutions(int8_student: Graph, tmp_path: Path) -> None:
+    """The reason for all this: without it, every convolution runs in fp32, silently."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    payload = ops.inline(lower(int8_student, "wide").model).SerializeToString()
+    ort.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
+    found = Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert found["QLinearConv"] == 2 - 1 or found["QLinearConv"] == 2
+    assert found["Conv"] + found["FusedConv"] + found["QLinearConv"] == 2
+    assert found["MatMulInteger"] + found["MatMulIntegerToFloat"] >= 2

@@ -1,0 +1,91 @@
+"""Through GraphSurgeon and back without losses."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from onnx_models import Net, assert_same, linear, mlp_heads, student
+
+from hydra_edge import surgery
+from hydra_edge.artifacts.graph import Graph
+
+
+def round_trip(graph: Graph) -> Graph:
+    return Graph(surgery.close_model(surgery.open_model(graph.model), like=graph.model))
+
+
+@pytest.mark.parametrize("graph", [student(), mlp_heads(kind="outputs"), mlp_heads(kind="concat0")])
+def test_round_trip_keeps_function_interface_and_version(graph: Graph) -> None:
+    again = round_trip(graph)
+    assert_same(again, graph)
+    assert (again.inputs, again.outputs) == (graph.inputs, graph.outputs)
+    assert again.model.ir_version == graph.model.ir_version
+    assert {(e.domain, e.version) for e in again.model.opset_import} == {
+        (e.domain, e.version) for e in graph.model.opset_import
+    }
+    onnx.checker.check_model(again.model)
+
+
+def test_axes_without_a_name_stay_without() -> None:
+    net = Net()
+    x = net.input("x", (None, 6))
+    graph = net.graph({net.op("Relu", x): (None, 6)})
+    again = round_trip(graph)
+    assert (again.inputs, again.outputs) == (graph.inputs, graph.outputs)
+
+
+def test_unused_inputs_stay() -> None:
+    net = Net()
+    x, _ = net.input("x", ("batch", 6)), net.input("unused", ("batch", 2))
+    graph = net.graph({net.op("Relu", x): ("batch", 6)})
+    assert [spec.name for spec in round_trip(graph).inputs] == ["x", "unused"]
+
+
+def test_functions_of_others_stay() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    y = net.op("Twice", x, domain="theirs")
+    graph = helper.make_graph(
+        net.nodes, "g", net.inputs, [helper.make_tensor_value_info(y, 1, ("batch", 6))]
+    )
+    twice = helper.make_function(
+        "theirs",
+        "Twice",
+        ["a"],
+        ["b"],
+        [helper.make_node("Add", ["a", "a"], ["b"])],
+        [helper.make_opsetid("", 20)],
+    )
+    model = helper.make_model(
+        graph,
+        functions=[twice],
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("theirs", 1)],
+        ir_version=10,
+    )
+    source = Graph(model)
+    again = round_trip(source)
+    assert [f.name for f in again.model.functions] == ["Twice"]
+    assert_same(again, source)
+
+
+def test_constant_nodes_become_weights_but_not_outputs() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 2))
+    value = onnx.numpy_helper.from_array(np.float32([1, 2]))
+    two = net.op("Constant", value=value)
+    kept = net.op("Constant", value_floats=[3.0, 4.0])
+    graph = net.graph({net.op("Add", x, two): ("batch", 2), kept: (2,)})
+    again = round_trip(graph)
+    assert [n.op_type for n in again.model.graph.node] == ["Constant", "Add"]
+    assert_same(again, graph)
+
+
+def test_fresh_name_looks_below_prefixes() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    y = net.op("Relu", linear(net, x, 6, 4), name="hydra_0/Relu_1")
+    graph = surgery.open_model(net.graph({y: ("batch", 4)}).model)
+    assert surgery.fresh_name(graph, "hydra") == "hydra_1"
+    assert surgery.fresh_name(graph, "other") == "other_0"
