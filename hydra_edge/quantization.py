@@ -75,7 +75,14 @@ class Precision:
         """Read ``"int8"`` (both parts) or ``"body=int8,heads=fp16"`` (a part left out is fp32)."""
         if "=" not in text:
             return cls(text, text)
-        parts = dict(item.strip().partition("=")[::2] for item in text.split(","))
+        items = [item.strip().partition("=")[::2] for item in text.split(",")]
+        parts = dict(items)
+        if len(parts) < len(items):
+            raise InputError(
+                f"The precision '{text}' names a part twice.",
+                "Each part has one precision.",
+                "Write for example 'body=int8,heads=fp16'.",
+            )
         unknown = sorted(set(parts) - {"body", "heads"})
         if unknown:
             raise InputError(
@@ -384,6 +391,12 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
                 )
             return None
         for name, array in feeds.items():
+            if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                raise InputError(
+                    f"The calibration data for '{name}' holds NaN or infinity.",
+                    "The scale of everything behind it would be lost.",
+                    "Remove those samples.",
+                )
             self._hashes.setdefault(name, hashlib.sha256()).update(array.tobytes())
         count = len(next(iter(feeds.values())))
         self._seen += count

@@ -23,6 +23,7 @@ from hydra_edge.wording import Headline
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#&])")
 
+_WIDE = 32  # characters from which a column's title would wrap into a tower
 _UNIT = re.compile(r"(?<=\d) (?=ms\b|%|points\b)")
 
 
@@ -170,7 +171,10 @@ def _sheet(sheet: Sheet, marks: Mapping[str, str]) -> str:
         items = "".join(f"<dt>{_html(k)}</dt><dd>{_html(v)}</dd>" for k, v in sheet.rows)
         body = f"<dl>{items}</dl>"
     else:
-        head = "".join(f"<th>{marks.get(c, '')}{_html(c)}</th>" for c in sheet.columns)
+        head = "".join(
+            f"<th{' class=wide' if len(c) > _WIDE else ''}>{marks.get(c, '')}{_html(c)}</th>"
+            for c in sheet.columns
+        )
         rows = "".join(
             "<tr>"
             + "".join(

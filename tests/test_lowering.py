@@ -22,6 +22,7 @@ from hydra_edge import ops
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import InputError
+from hydra_edge.exporting import summarize
 from hydra_edge.fusion import fuse
 from hydra_edge.lowering import LOWERINGS, has_heads, lower
 from hydra_edge.quantization import quantize
@@ -119,8 +120,9 @@ def test_summary_and_head_logits_as_outputs() -> None:
 
 
 def test_without_head_logits() -> None:
-    graph = conv_student()
-    fused = fuse(Graph(graph.model, graph.metadata))
+    graph = summarize(mlp_heads(), "classification", "logits", head_logits=False)
+    fused = fuse(graph)
+    assert fused.metadata.logits is None
     assert_lowers(fused)
 
 
@@ -156,7 +158,7 @@ def test_sum_of_two_head_layers() -> None:
     assert_lowers(fuse(heads_of(head)))
 
 
-def test_sequences_do_not_trouble_other_graphs() -> None:
+def test_a_graph_without_grouped_ops() -> None:
     graph = conv_student()
     assert_same(lower(graph, "grouped"), graph)
     assert not has_heads(graph)
