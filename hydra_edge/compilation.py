@@ -131,9 +131,9 @@ def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, 
             )
     batches = {spec.shape[0] if spec.shape else None for spec in graph.inputs}
     fixed = {size for size in batches if isinstance(size, int)}
-    if None in batches or (fixed and len(batches) > 1):
+    if not batches or None in batches or (fixed and len(batches) > 1):
         raise CompilationError(
-            f"The inputs are {'; '.join(map(str, graph.inputs))}.",
+            f"The inputs are {'; '.join(map(str, graph.inputs)) or 'none'}.",
             "Axis 0 of every input is the batch: all sizes are open, or all are the same.",
             "Export the model with a batch axis on every input.",
         )

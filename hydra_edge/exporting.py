@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -329,15 +329,23 @@ def _renamed(
         f"member_{index}/{own.name}": shared.name
         for own, shared in zip(member.inputs, inputs, strict=True)
     }
-    for node in prefixed.graph.node:
-        for position, name in enumerate(node.input):
-            node.input[position] = names.get(name, name)
+    _read_instead(prefixed.graph, names)
     for value in prefixed.graph.input:
         value.name = names.get(value.name, value.name)
     kept = [value for value in prefixed.graph.output if value.name == f"member_{index}/{logits}"]
     del prefixed.graph.output[:]
     prefixed.graph.output.extend(kept)
     return prefixed
+
+
+def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Let nodes read other tensors, also those in the branches of If and the bodies of Loop."""
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = names.get(name, name)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _read_instead(inner, names)
 
 
 def _side_by_side(merged: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from html import escape
 from importlib import resources
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,8 @@ from hydra_edge.wording import Headline
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#&])")
 
 _WIDE = 32  # characters from which a column's title would wrap into a tower
+_PRECISION = 1  # its column in the first sheet
+_SHORT = {"Calibration error": "ECE", "Rank correlation of uncertainty": "MI rank corr."}
 _UNIT = re.compile(r"(?<=\d) (?=ms\b|%|points\b)")
 
 
@@ -81,7 +84,7 @@ def to_html(report: Report) -> str:
 
 
 def to_table(report: Report) -> Table:
-    """The report at a glance for the terminal: one column per session.
+    """The report at a glance for the terminal: one row per session.
 
     Args:
         report: Any report.
@@ -92,12 +95,20 @@ def to_table(report: Report) -> Table:
         title=Text(wording.write_title(report)),
         caption=Text("\n".join(remarks)),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=0,
     )
-    table.add_column("")
+    # Precision is left to the other forms: a terminal has 80 columns, and times must not wrap.
+    shown = [index for index in range(len(sheet.columns)) if index != _PRECISION]
+    times = len(report.protocol.batches)
+    table.add_column("Session", min_width=12)
+    for position, index in enumerate(shown[1:]):
+        column = sheet.columns[index].replace(", ", "\n")
+        column = _SHORT.get(column, column).replace("OOD AUROC: ", "AUROC ")
+        table.add_column(Text(column), justify="right", no_wrap=position < times)
     for row in sheet.rows:
-        table.add_column(Text(row[0]), justify="right")
-    for index, column in enumerate(sheet.columns[1:], start=1):
-        table.add_row(Text(column), *(Text(row[index]) for row in sheet.rows))
+        table.add_row(*(Text(row[index].replace(" (", "\n(")) for index in shown))
     return table
 
 

@@ -15,7 +15,7 @@ from hydra_edge.artifacts.engine import MAIN, Engine, Program
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.equivalence import replay
-from hydra_edge.errors import GateError, HydraError, InputError
+from hydra_edge.errors import GateError, InputError
 
 Array = npt.NDArray[np.generic]
 
@@ -33,6 +33,7 @@ def load(engine: str | Path | Engine, *, threads: int | None = None) -> Session:
     Raises:
         ArtifactError: The file is missing, damaged or too new.
         DeviceMismatchError: It was built for something that is not here.
+        InputError: Fewer threads than one were asked for.
 
     Example:
         >>> with load("student.hydra") as session:  # doctest: +SKIP
@@ -51,6 +52,12 @@ class Session:
     """
 
     def __init__(self, engine: Engine, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(
+                f"{threads} threads were asked for.",
+                "A program runs on at least one.",
+                "Leave it out for one per core.",
+            )
         backend = backends.find(engine.backend)
         self.engine = engine
         self._programs = {
@@ -158,7 +165,7 @@ class EnsembleSession:
         task: How their outputs become one prediction.
 
     Raises:
-        InputError: There is no member, or one returns more than its logits.
+        InputError: There is no member, one returns more than its logits, or they do not match.
     """
 
     def __init__(self, members: Sequence[Session], task: str = "classification") -> None:
@@ -167,6 +174,15 @@ class EnsembleSession:
                 f"An ensemble of {len(members)} sessions cannot be formed.",
                 "Each member returns exactly one array, its logits.",
                 "Compile the members' own ONNX files, without a summary.",
+            )
+        widths = {member.outputs[0].shape[1:] for member in members}
+        if len({member.inputs for member in members}) > 1 or len(widths) > 1:
+            raise InputError(
+                "The members differ: "
+                + ", ".join(f"{m.inputs[0]} -> {m.outputs[0]}" for m in members)
+                + ".",
+                "One input feeds them all, and their outputs are averaged.",
+                "Load members of one input format, trained for the same outputs.",
             )
         self.members = tuple(members)
         self.threads = members[0].threads
@@ -301,5 +317,5 @@ def require_same_inputs(
             )
         known = session.inputs
     if known is None:
-        raise HydraError("There is no session.", "Nothing can be compared.", "Pass at least one.")
+        raise InputError("There is no session.", "Nothing can be compared.", "Pass at least one.")
     return known

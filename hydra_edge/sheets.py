@@ -11,6 +11,7 @@ from hydra_edge.wording import (
     MISSING,
     choose_metric,
     describe_metric,
+    find_rival,
     format_ms,
     format_number,
     format_quality,
@@ -49,15 +50,16 @@ def _glance(report: Report) -> Sheet:
         for batch in batches:
             found = report.latency(row.label, batch)
             cell = format_ms(found.p50_ms)
-            if report.reference not in (None, row.label):
-                ratio = report.latency(report.reference, batch).p50_ms / found.p50_ms
-                cell += f" ({format_ratio(ratio)})"
+            rival = find_rival(report, batch)
+            if rival is not None and rival.session != row.label:
+                cell += f" ({format_ratio(rival.p50_ms / found.p50_ms)})"
             cells.append(cell)
         rows.append((*cells, *(_cell(row, name) for name in names)))
     columns = ("Session", "Precision", *(f"p50, batch {batch}" for batch in batches))
     notes = ["p50 is the median time of one call."]
     if report.reference:
-        notes = [f"{notes[0]} In brackets: how many times as fast as {report.reference}."]
+        kind = report.session(report.reference).kind
+        notes = [f"{notes[0]} In brackets: how many times as fast as the fastest {kind}."]
     return Sheet(
         "At a glance",
         (*columns, *(describe_metric(name).title for name in names)),

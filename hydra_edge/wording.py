@@ -139,15 +139,15 @@ def write_title(report: Report) -> str:
     subject, reference = _subject(report), report.reference
     batch = report.protocol.batches[0]
     row = report.latency(subject.label, batch)
-    if reference is None or reference == subject.label:
+    base = find_rival(report, batch)
+    if reference is None or base is None:
         return f"{subject.label} answers in {format_ms(row.p50_ms)}"
-    base = report.latency(reference, batch)
     ratio = base.p50_ms / row.p50_ms
     sure = all(found.converged and not found.disturbed for found in (row, base))
     about = "" if sure else "about "
     if ratio >= 1:
-        return f"{subject.label} is {about}{format_ratio(ratio)} as fast as {reference}"
-    return f"{subject.label} is {about}{format_ratio(1 / ratio)} as slow as {reference}"
+        return f"{subject.label} is {about}{format_ratio(ratio)} as fast as {base.session}"
+    return f"{subject.label} is {about}{format_ratio(1 / ratio)} as slow as {base.session}"
 
 
 def write_headlines(report: Report) -> tuple[Headline, Headline, Headline]:
@@ -192,6 +192,20 @@ def _subject(report: Report) -> SessionRow:
     return (others or list(report.sessions))[0]
 
 
+def find_rival(report: Report, batch: int) -> LatencyRow | None:
+    """What the headlines compare with: the fastest of the reference's kind at that batch.
+
+    A reference in fp32 says what the answers should be; a quantized ensemble beside it is the one
+    to beat. None when there is nothing but the session the headlines are about.
+    """
+    if report.reference is None:
+        return None
+    kind, subject = report.session(report.reference).kind, _subject(report).label
+    rivals = [row for row in report.sessions if row.kind == kind and row.label != subject]
+    rows = [report.latency(row.label, batch) for row in rivals]
+    return min(rows, key=lambda row: row.p50_ms, default=None)
+
+
 def name_row(row: LatencyRow) -> str:
     """A measurement in running text."""
     return f"{row.session} at batch {row.batch}"
@@ -201,17 +215,18 @@ def _speed(report: Report) -> Headline:
     question = "How much faster?"
     subject, reference = _subject(report), report.reference
     rows = [report.latency(subject.label, batch) for batch in report.protocol.batches]
-    if reference is None or reference == subject.label:
+    bases = [base for row in rows if (base := find_rival(report, row.batch)) is not None]
+    if reference is None or not bases:
         return Headline(
             question,
             format_ms(rows[0].p50_ms),
             f"p50 at batch {rows[0].batch}; no reference to compare with",
             tuple(f"Batch {row.batch}: {format_ms(row.p50_ms)}" for row in rows[1:]),
         )
-    bases = [report.latency(reference, row.batch) for row in rows]
     ratios = [format_ratio(base.p50_ms / row.p50_ms) for row, base in zip(rows, bases, strict=True)]
     first, *details = [
-        f"{format_ms(row.p50_ms)} instead of {format_ms(base.p50_ms)} at batch {row.batch}"
+        f"{format_ms(row.p50_ms)} instead of {format_ms(base.p50_ms)} at batch {row.batch} "
+        f"({base.session})"
         for row, base in zip(rows, bases, strict=True)
     ]
     details = [f"{ratio}: {text}" for ratio, text in zip(ratios[1:], details, strict=True)]

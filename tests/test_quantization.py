@@ -18,7 +18,6 @@ from onnx_models import (
     feeds_for,
     linear,
     mlp_heads,
-    ops_of,
     student,
 )
 

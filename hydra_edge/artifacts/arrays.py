@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.artifacts.files import read_bytes
+from hydra_edge.artifacts.files import NPY_HEADER_ERRORS, read_bytes
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.errors import ArtifactError, InputError
 
@@ -24,13 +24,15 @@ def load_arrays(path: str | Path) -> dict[str, Array]:
     Raises:
         ArtifactError: It is missing, another format, or holds pickled objects.
     """
-    read_bytes(path, "an .npy or .npz file")
+    if not Path(path).is_file():
+        read_bytes(path, "an .npy or .npz file")  # says what is wrong
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+        with open(path, "rb") as stream:  # numpy leaves a file of its own open when it fails
+            loaded = np.load(stream, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return {"": loaded}
+            with loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
         odd = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
         if odd:
             raise ValueError(f"its member '{odd[0]}' is no array")
@@ -38,7 +40,7 @@ def load_arrays(path: str | Path) -> dict[str, Array]:
     # A header may claim any size (MemoryError); an encrypted zip raises RuntimeError.
     except (
         *(ValueError, OSError, EOFError, KeyError, MemoryError, RuntimeError),
-        *(zipfile.BadZipFile, zlib.error),
+        *(zipfile.BadZipFile, zlib.error, *NPY_HEADER_ERRORS),
     ) as exc:
         raise ArtifactError(
             f"'{path}' is not a usable .npy or .npz file.",

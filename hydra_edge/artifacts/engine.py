@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.artifacts.files import read_bytes, sha256, write_atomic
+from hydra_edge.artifacts.files import NPY_HEADER_ERRORS, read_bytes, sha256, write_atomic
 from hydra_edge.artifacts.graph import Graph, Json, TensorSpec
 from hydra_edge.errors import ArtifactError, HydraError
 
@@ -255,8 +256,8 @@ class _Reader:
         except HydraError:
             raise
         except (
-            *(ValueError, TypeError, KeyError, AttributeError, IndexError),
-            *(OverflowError, RecursionError),
+            *(ValueError, KeyError, AttributeError, RecursionError),
+            *NPY_HEADER_ERRORS,
         ) as exc:
             self.refuse(f"Its manifest is not complete: {exc!r}.")
 
@@ -275,6 +276,12 @@ class _Reader:
         low, best, high = (int(value) for value in entry["batch"])
         if not 1 <= low <= best <= high:
             self.refuse(f"Program '{name}' has the batch range {entry['batch']}.")
+        inputs = tuple(map(_spec_from_json, entry["inputs"]))
+        if not inputs or not all(spec.shape for spec in inputs):
+            self.refuse(f"Program '{name}' declares an input without a batch axis, or none at all.")
+        tolerance = float(entry["tolerance"])
+        if not (math.isfinite(tolerance) and tolerance >= 0):  # NaN would pass every self-test
+            self.refuse(f"Program '{name}' has the tolerance {tolerance}.")
         golden = {
             side: {
                 tensor: self._npy(f"golden/{name}/{side}/{index}.npy")
@@ -283,7 +290,7 @@ class _Reader:
             for side in ("inputs", "outputs")
         }
         return Program(
-            inputs=tuple(map(_spec_from_json, entry["inputs"])),
+            inputs=inputs,
             outputs=tuple(map(_spec_from_json, entry["outputs"])),
             batch=(low, best, high),
             optional=tuple(entry["optional"]),
@@ -291,7 +298,7 @@ class _Reader:
             lowering_ms={str(k): float(v) for k, v in entry["lowering_ms"].items()},
             graph=Graph.parse(self.members[f"graphs/{name}.onnx"], f"{self.origin}:graphs/{name}"),
             payload=self.members[f"programs/{name}.bin"],
-            golden=Golden(golden["inputs"], golden["outputs"], float(entry["tolerance"])),
+            golden=Golden(golden["inputs"], golden["outputs"], tolerance),
         )
 
     def _npy(self, member: str) -> Array:

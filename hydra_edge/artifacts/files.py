@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import tokenize
 from pathlib import Path
 
 from hydra_edge.errors import ArtifactError
+
+# Besides ValueError, what numpy raises while it evaluates a damaged .npy header as Python text.
+NPY_HEADER_ERRORS = (SyntaxError, TypeError, IndexError, OverflowError, tokenize.TokenError)
 
 
 def write_atomic(path: str | Path, data: bytes) -> Path:

@@ -38,9 +38,10 @@ class TensorSpec:
 
     @classmethod
     def from_value_info(cls, value: onnx.ValueInfoProto) -> TensorSpec:
-        """Read a graph input or output; unknown axes are called ``?``."""
+        """Read a graph input or output; unknown axes are called ``?``, unknown types ``unknown``."""
         tensor = value.type.tensor_type
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if tensor.elem_type else None
+        known = tensor.elem_type and tensor.elem_type in onnx.TensorProto.DataType.values()
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if known else None
         shape = tuple(
             d.dim_value if d.dim_value > 0 else (d.dim_param or "?") for d in tensor.shape.dim
         )
@@ -121,7 +122,7 @@ class Metadata:
             return cls(**data)
         except HydraError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise ArtifactError(
                 "The graph's hydra_edge metadata cannot be read.",
                 f"It is not what this version writes: {exc!r}.",

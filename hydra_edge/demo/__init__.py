@@ -212,7 +212,7 @@ def _measure(
             labels=data.test_labels,
             shifted=shifted,
             reference=MERGED,
-            protocol=Protocol(batches=BATCHES),
+            protocol=Protocol(batches=BATCHES, max_seconds=20.0),
             progress=not console.quiet,
         )
     finally:
