@@ -165,7 +165,7 @@ class EnsembleSession:
         task: How their outputs become one prediction.
 
     Raises:
-        InputError: There is no member, one returns more than its logits, or they do not match.
+        InputError: There is no member, one returns more than its logits, or their sizes differ.
     """
 
     def __init__(self, members: Sequence[Session], task: str = "classification") -> None:
@@ -175,14 +175,11 @@ class EnsembleSession:
                 "Each member returns exactly one array, its logits.",
                 "Compile the members' own ONNX files, without a summary.",
             )
-        widths = {member.outputs[0].shape[1:] for member in members}
-        if len({member.inputs for member in members}) > 1 or len(widths) > 1:
+        if len({member.outputs[0].shape[1:] for member in members}) > 1:
             raise InputError(
-                "The members differ: "
-                + ", ".join(f"{m.inputs[0]} -> {m.outputs[0]}" for m in members)
-                + ".",
-                "One input feeds them all, and their outputs are averaged.",
-                "Load members of one input format, trained for the same outputs.",
+                f"The members give {'; '.join(str(member.outputs[0]) for member in members)}.",
+                "Their outputs are stacked, so they must have the same size.",
+                "Load members trained for the same outputs.",
             )
         self.members = tuple(members)
         self.threads = members[0].threads

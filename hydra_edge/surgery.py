@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import onnx.shape_inference
 import onnx_graphsurgeon as gs
 
 from hydra_edge import ops
+from hydra_edge.errors import GraphError
 
 
 def open_model(model: onnx.ModelProto) -> gs.Graph:
@@ -18,15 +20,17 @@ def open_model(model: onnx.ModelProto) -> gs.Graph:
     # Shapes already in the file are enough for most graphs; passes check what they need.
     with contextlib.suppress(onnx.shape_inference.InferenceError):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    graph = gs.import_onnx(model)
-    _constants_to_tensors(graph)
-    return graph
+    with _mapped("read"):
+        graph = gs.import_onnx(model)
+        _constants_to_tensors(graph)
+        return graph
 
 
 def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn ``graph`` back into a model with the producer and metadata of ``like``."""
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+    with _mapped("write"):
+        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     ops.declare(model)
     model.ir_version = max(model.ir_version, 8)
     _keep_declarations(model, like)
@@ -34,6 +38,18 @@ def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
     return model
+
+
+@contextlib.contextmanager
+def _mapped(verb: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:  # GraphSurgeon and protobuf raise whatever a damaged model leads to
+        raise GraphError(
+            f"ONNX GraphSurgeon cannot {verb} the model.",
+            f"It says: {(str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip('.')}.",
+            "Check the model with onnx.checker.check_model(model, full_check=True).",
+        ) from exc
 
 
 def _keep_declarations(model: onnx.ModelProto, like: onnx.ModelProto) -> None:

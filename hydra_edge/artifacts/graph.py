@@ -7,7 +7,7 @@ On disk it is a plain ``.onnx`` file; our knowledge travels as JSON in
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,19 @@ from hydra_edge.errors import ArtifactError, GraphError, HydraError
 
 METADATA_KEY = "hydra_edge"
 METADATA_SCHEMA = 1
+
+_TEXT, _OPTIONAL_TEXT = (str,), (str, type(None))
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "task": _OPTIONAL_TEXT,
+    "kind": _TEXT,
+    "heads": (int, type(None)),
+    "logits": _OPTIONAL_TEXT,
+    "labels": (list,),
+    "precision": _TEXT,
+    "calibration_sha256": _OPTIONAL_TEXT,
+    "fusion": (list, type(None)),
+    "provenance": (list,),
+}
 
 Json = str | int | float | bool | None | Sequence["Json"] | Mapping[str, "Json"]
 
@@ -113,6 +126,9 @@ class Metadata:
                     f"This version reads up to schema {METADATA_SCHEMA}.",
                     "Upgrade hydra-edge.",
                 )
+            for name, kinds in _FIELD_TYPES.items():
+                if not isinstance(data[name], kinds):
+                    raise TypeError(f"{name} is {data[name]!r}")
             data["labels"] = tuple(str(label) for label in data["labels"])
             data["provenance"] = tuple(str(step) for step in data["provenance"])
             if data["fusion"] is not None:
@@ -237,6 +253,8 @@ class Graph:
             model.ParseFromString(data)
             if not model.ir_version or not (model.graph.node or model.graph.output):
                 raise DecodeError("it holds no graph")
+            if not all(isinstance(name, str) for name in _names(model)):  # protobuf gives bytes then
+                raise DecodeError("a name in it is not text")
             if check:
                 onnx.checker.check_model(model)
         except (DecodeError, onnx.checker.ValidationError, ValueError) as exc:
@@ -246,6 +264,14 @@ class Graph:
             if prop.key == METADATA_KEY:
                 metadata = Metadata.from_json(prop.value)
         return cls(model, metadata)
+
+
+def _names(model: onnx.ModelProto) -> Iterator[object]:
+    graph = model.graph
+    for node in (*graph.node, *(node for function in model.functions for node in function.node)):
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+    for item in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        yield item.name
 
 
 def _not_onnx(origin: str, reason: str) -> ArtifactError:

@@ -53,9 +53,19 @@ def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def declare(model: onnx.ModelProto) -> None:
-    """Add to ``model``, in place, the functions its ``hydra`` nodes use and the domain's import."""
+    """Add to ``model``, in place, the functions its ``hydra`` nodes use and the domain's import.
+
+    Raises:
+        GraphError: It uses an op of the domain that this version does not have.
+    """
     opset = opset_of(model)
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    if unknown := sorted(used - NAMES):
+        raise GraphError(
+            f"The graph uses the operator '{unknown[0]}' of the domain '{DOMAIN}'.",
+            f"This version has: {', '.join(sorted(NAMES))}.",
+            "Upgrade hydra-edge.",
+        )
     kept = [f for f in model.functions if f.domain != DOMAIN]
     del model.functions[:]
     model.functions.extend(kept)

@@ -87,7 +87,7 @@ def test_bad_members(tmp_path: Path, kind: str) -> None:
 def test_a_zip_of_something_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(ArtifactError, match="'readme.txt' is no array"):
+    with pytest.raises(ArtifactError, match=r"'readme.txt' is no array"):
         load_arrays(tmp_path / "data.npz")
 
 

@@ -137,6 +137,17 @@ def test_declare_adds_what_is_used_once() -> None:
     assert [e.domain for e in model.opset_import] == [""]
 
 
+def test_an_op_of_a_newer_version_says_so() -> None:
+    node = helper.make_node("FutureOp", ["x"], ["y"], domain=ops.DOMAIN)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy"]
+    model = helper.make_model(
+        helper.make_graph([node], "g", values[:1], values[1:]),
+        opset_imports=[helper.make_opsetid("", 18)],
+    )
+    with pytest.raises(GraphError, match="uses the operator 'FutureOp'.*Upgrade hydra-edge"):
+        ops.declare(model)
+
+
 def test_inline_leaves_standard_ops() -> None:
     node = helper.make_node("GroupedMatMul", ["x", "w", "b"], ["y"], domain=ops.DOMAIN)
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 2]) for n in "xwby"]
