@@ -112,8 +112,7 @@ class DistillationConfig:
         for name, minimum in least.items():
             value = getattr(self, name)
             self._require(name, value >= minimum, f"an integer of {minimum} or more")
-        several = self.temperatures
-        positive = bool(several) and all(0 < value < math.inf for value in several)
+        positive = bool(self.temperatures) and all(0 < v < math.inf for v in self.temperatures)
         self._require("temperature", positive, "one or more finite numbers above 0")
         for name in ("learning_rate", "learning_rate_heads", "gradient_clip"):
             value = getattr(self, name)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
+from hydra_edge.artifacts.arrays import to_numpy
 from hydra_edge.artifacts.engine import MAIN, Engine
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.compilation import CompileOptions, compile
@@ -13,6 +17,8 @@ from hydra_edge.fusion import fuse
 from hydra_edge.quantization import Calibration, CalibrationOptions, Precision, quantize
 from hydra_edge.verification import Gates, verify
 
+Array = npt.NDArray[np.generic]
+_GOLDEN = 16  # samples
 # Against the graph it was made from, an engine must keep nearly all of its uncertainty.
 ENGINE_GATES = Gates(accuracy_drop=0.005, mi_rank_correlation=0.95, mi_ratio=(0.67, 1.5))
 
@@ -39,8 +45,8 @@ def build(
         calibration: See `quantize`.
         calibration_options: See `quantize`.
         options: See `compile`.
-        data: Inputs to verify the engine on, against ``graph``; without it the engine is only
-            compared with its own graph on one recorded batch.
+        data: Inputs to verify the engine on, against ``graph``, and whose first samples the engine
+            records; without it the engine is only compared with its own graph on random inputs.
         labels: Ground truth for ``data``.
         gates: Limits for the verification; strict ones by default.
         on_step: Called with a line about each step as it begins.
@@ -61,7 +67,8 @@ def build(
     on_step("fuse heads")
     fused = fuse(lowered)
     on_step(f"compile for {target}")
-    engine = compile(fused, target, options=options)
+    golden = None if data is None else _first(data, graph)
+    engine = compile(fused, target, options=options, golden=golden)
     metrics = {"p50_ms": _p50(engine)}
     if wanted != Precision():
         on_step("time the fp32 twin")
@@ -79,6 +86,12 @@ def pays(engine: Engine) -> bool | None:
     """Whether lower precision made the engine faster than its fp32 twin; None if not measured."""
     twin = engine.metrics.get("p50_ms_fp32_twin")
     return None if twin is None else engine.metrics["p50_ms"] < twin
+
+
+def _first(data: object, graph: Graph) -> dict[str, Array]:
+    """The first samples of the data, as the batch that the engine records."""
+    given = data if isinstance(data, Mapping) else {graph.inputs[0].name: data}
+    return {str(name): to_numpy(value, str(name))[:_GOLDEN] for name, value in given.items()}
 
 
 def _p50(engine: Engine) -> float:

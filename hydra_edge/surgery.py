@@ -17,10 +17,10 @@ from hydra_edge.errors import GraphError
 def open_model(model: onnx.ModelProto) -> gs.Graph:
     """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as tensors."""
     model = ops.upgrade(model)
-    # Shapes already in the file are enough for most graphs; passes check what they need.
-    with contextlib.suppress(onnx.shape_inference.InferenceError):
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     with _mapped("read"):
+        # Shapes already in the file are enough for most graphs; passes check what they need.
+        with contextlib.suppress(onnx.shape_inference.InferenceError):
+            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         graph = gs.import_onnx(model)
         _constants_to_tensors(graph)
         return graph
@@ -44,9 +44,9 @@ def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
 def _mapped(verb: str) -> Iterator[None]:
     try:
         yield
-    except Exception as exc:  # GraphSurgeon and protobuf raise whatever a damaged model leads to
+    except Exception as exc:  # they raise whatever a damaged model leads to
         raise GraphError(
-            f"ONNX GraphSurgeon cannot {verb} the model.",
+            f"ONNX and its GraphSurgeon cannot {verb} the model.",
             f"It says: {(str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip('.')}.",
             "Check the model with onnx.checker.check_model(model, full_check=True).",
         ) from exc

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from hydra_edge.artifacts.graph import Graph, Json, TensorSpec
 from hydra_edge.errors import ArtifactError, HydraError
 
 Array = npt.NDArray[np.generic]
+_T = TypeVar("_T")
 SCHEMA_VERSION = 1
 FORMAT = "hydra-edge engine"
 MANIFEST = "manifest.json"
@@ -242,13 +243,13 @@ class _Reader:
             return Engine(
                 target=str(manifest["target"]),
                 backend=str(manifest["backend"]),
-                task=manifest["task"],
+                task=_optional(manifest["task"], str),
                 kind=str(manifest["kind"]),
-                heads=manifest["heads"],
-                labels=tuple(map(str, manifest["labels"])),
+                heads=_optional(manifest["heads"], int),
+                labels=tuple(_list(manifest["labels"])),
                 precision=str(manifest["precision"]),
                 source_sha256=str(manifest["source_sha256"]),
-                calibration_sha256=manifest["calibration_sha256"],
+                calibration_sha256=_optional(manifest["calibration_sha256"], str),
                 metrics={str(k): float(v) for k, v in manifest["metrics"].items()},
                 tools={str(k): str(v) for k, v in manifest["tools"].items()},
                 programs=programs,
@@ -285,7 +286,7 @@ class _Reader:
         golden = {
             side: {
                 tensor: self._npy(f"golden/{name}/{side}/{index}.npy")
-                for index, tensor in enumerate(entry[f"golden_{side}"])
+                for index, tensor in enumerate(_list(entry[f"golden_{side}"]))
             }
             for side in ("inputs", "outputs")
         }
@@ -293,7 +294,7 @@ class _Reader:
             inputs=inputs,
             outputs=tuple(map(_spec_from_json, entry["outputs"])),
             batch=(low, best, high),
-            optional=tuple(entry["optional"]),
+            optional=tuple(_list(entry["optional"])),
             lowering=str(entry["lowering"]),
             lowering_ms={str(k): float(v) for k, v in entry["lowering_ms"].items()},
             graph=Graph.parse(self.members[f"graphs/{name}.onnx"], f"{self.origin}:graphs/{name}"),
@@ -311,6 +312,18 @@ class _Reader:
         if dtype.hasobject or fortran or int(np.prod(shape)) * dtype.itemsize != len(raw):
             self.refuse(f"Its member '{member}' does not hold the array its header declares.")
         return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _optional(value: object, kind: type[_T]) -> _T | None:
+    if value is None or isinstance(value, kind):
+        return value
+    raise TypeError(f"{value!r} is no {kind.__name__}")
+
+
+def _list(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return [str(item) for item in value]
 
 
 def _to_npy(array: Array) -> bytes:

@@ -51,7 +51,7 @@ class TensorSpec:
 
     @classmethod
     def from_value_info(cls, value: onnx.ValueInfoProto) -> TensorSpec:
-        """Read a graph input or output; unknown axes are called ``?``, unknown types ``unknown``."""
+        """Read a graph input or output; unknown axes are ``?``, unknown types ``unknown``."""
         tensor = value.type.tensor_type
         known = tensor.elem_type and tensor.elem_type in onnx.TensorProto.DataType.values()
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type) if known else None
@@ -253,7 +253,8 @@ class Graph:
             model.ParseFromString(data)
             if not model.ir_version or not (model.graph.node or model.graph.output):
                 raise DecodeError("it holds no graph")
-            if not all(isinstance(name, str) for name in _names(model)):  # protobuf gives bytes then
+            # What is not UTF-8 comes out of protobuf as bytes.
+            if not all(isinstance(name, str) for name in _names(model)):
                 raise DecodeError("a name in it is not text")
             if check:
                 onnx.checker.check_model(model)

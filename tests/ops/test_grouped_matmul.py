@@ -144,7 +144,7 @@ def test_an_op_of_a_newer_version_says_so() -> None:
         helper.make_graph([node], "g", values[:1], values[1:]),
         opset_imports=[helper.make_opsetid("", 18)],
     )
-    with pytest.raises(GraphError, match="uses the operator 'FutureOp'.*Upgrade hydra-edge"):
+    with pytest.raises(GraphError, match=r"uses the operator 'FutureOp'.*Upgrade hydra-edge"):
         ops.declare(model)
 
 
