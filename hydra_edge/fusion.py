@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from hydra_edge import branches, equivalence, surgery
 from hydra_edge.artifacts.graph import FusionGroup, Graph
 from hydra_edge.branches import Branches
-from hydra_edge.errors import FusionError
+from hydra_edge.errors import FusionError, InputError
 from hydra_edge.stacking import Emitted, Stacker, UnsupportedError
 
 
@@ -29,7 +29,7 @@ def fuse(graph: Graph) -> Graph:
         left alone and why. Fusing twice changes nothing.
 
     Raises:
-        FusionError: The result differs from ``graph``; nothing was returned or changed.
+        FusionError: The result differs from ``graph``, or could not be compared with it.
     """
     surgeon = surgery.open_model(graph.model)
     groups = [_fuse_one(surgeon, candidate) for candidate in branches.find(surgeon)]
@@ -110,9 +110,16 @@ def _replace(
 
 def _check(fused: Graph, graph: Graph) -> None:
     feeds = equivalence.random_inputs(graph.inputs)
-    name, error = equivalence.worst_difference(
-        fused.model, graph.model, feeds, graph.metadata.logits
-    )
+    try:
+        name, error = equivalence.worst_difference(
+            fused.model, graph.model, feeds, graph.metadata.logits
+        )
+    except InputError as exc:
+        raise FusionError(
+            "The fused graph cannot be compared with its source: neither runs on random inputs.",
+            exc.why,
+            "Export the model with fixed sizes for all axes but the batch, or compile it unfused.",
+        ) from exc
     limit = equivalence.tolerance_of(graph.model)
     if error > limit:
         raise FusionError(

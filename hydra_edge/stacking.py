@@ -337,7 +337,7 @@ def _matmul_of(
     beta: float = 1.0,
 ) -> Emitted:
     """One grouped matmul for ``alpha * x @ weight + beta * bias``; int8 when both sides are."""
-    x, weight = product.inputs[0], product.inputs[1]
+    x, weight = product.inputs[0], _opened(product.inputs[1], stacker.heads)
     if any(rank_of(tensor) != 2 for tensor in (product.nodes[0].inputs[0], product.output)):
         raise UnsupportedError(f"{product.op} of anything but [B, K] features")
     if isinstance(weight, Step) and weight.op == "DequantizeLinear":
@@ -378,6 +378,7 @@ def _offset(stacker: Stacker, bias: Value | None, beta: float, width: int) -> Ar
     offset: Array = np.zeros((stacker.heads, 1, width), np.float32)
     if bias is None:
         return offset
+    bias = _opened(bias, stacker.heads)
     if isinstance(bias, Step) and bias.op == "DequantizeLinear":
         rows: Array = _dequantized(bias, stacker.heads)
     else:
@@ -386,6 +387,15 @@ def _offset(stacker: Stacker, bias: Value | None, beta: float, width: int) -> Ar
     if rows.shape[1] != 1 or rows.shape[2] not in (1, width):
         raise UnsupportedError("a matmul adds more than one value per output column")
     return offset + np.multiply(rows, beta)
+
+
+def _opened(value: Value | None, heads: int) -> Value | None:
+    """One dequantized weight that all branches share, as if each had its own."""
+    node = _writer(value.tensor, "DequantizeLinear") if isinstance(value, Shared) else None
+    if node is None:
+        return value
+    inputs = tuple(Shared(tensor) for tensor in node.inputs)
+    return Step((node,) * heads, inputs, node.outputs[0])
 
 
 def _quantized_input(stacker: Stacker, x: Value | None) -> tuple[Emitted, npt.NDArray[np.float32]]:

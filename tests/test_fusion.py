@@ -259,6 +259,34 @@ def test_one_slightly_wrong_head_among_many_is_caught(monkeypatch: pytest.Monkey
         fuse(mlp_heads(m=50, hidden=()))
 
 
+def test_a_source_that_does_not_run_says_so() -> None:
+    """The size of an open axis is free to choose, and here every choice but one is wrong."""
+    net = Net()
+    x = net.input("x", ("batch", "features"))
+    graph = net.graph(join(net, [linear(net, x, 6, 4) for _ in range(3)], 4))
+    with pytest.raises(FusionError, match=r"cannot be compared .* fixed sizes for all axes but"):
+        fuse(graph)
+
+
+def test_an_unknown_size_behind_the_concatenated_axis_stays() -> None:
+    net = Net()
+    x, y = net.input("x", ("batch", 6)), net.input("y", ("batch", "n"))
+    heads = [net.op("Add", linear(net, x, 6, 1), y) for _ in range(3)]
+    graph = net.graph({net.op("Concat", *heads, axis=0): (None, "n")})
+    assert_untouched(graph, "concatenated before an axis of unknown size")
+
+
+def test_heads_that_meet_twice_stay() -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    heads = [linear(net, x, 6, 4) for _ in range(3)]
+    graph = net.graph({**join(net, heads, 4), net.op("Concat", *heads, axis=1): ("batch", 12)})
+    assert [group.reason for group in fuse(graph).fusion] == [
+        "the Gemm of branch 0 is also used by Concat",
+        "the Gemm of branch 0 is also used by Unsqueeze",
+    ]
+
+
 def test_a_text_input_says_so() -> None:
     net = Net()
     x, _ = net.input("x", ("batch", 6)), net.input("word", ("batch",), TensorProto.STRING)

@@ -110,7 +110,7 @@ def test_a_tensor_with_two_readers_is_left_alone() -> None:
     h = net.op("Relu", net.op("Conv", x, net.random(4, 2, 3, 3)))
     y = net.op("Conv", net.qdq(h), net.random(3, 4, 1, 1))
     graph = net.graph({y: ("batch", 3, 6, 6), net.op("Neg", h): ("batch", 4, 6, 6)})
-    assert "Relu" in ops_of(assert_exact(graph))
+    assert Counter(ops_of(assert_exact(graph))) == Counter(ops_of(graph))
 
 
 def test_an_inner_graph_output_is_left_alone() -> None:

@@ -335,6 +335,30 @@ def test_onnxruntime_int8(options: dict[str, object], per_channel: bool, tmp_pat
     assert ops_of(fused).count("Gemm") <= 1  # the body
 
 
+@pytest.mark.parametrize("shared", ["first layer", "last layer"])
+@pytest.mark.parametrize("bias_too", [True, False])
+def test_int8_heads_that_share_a_layer(shared: str, bias_too: bool) -> None:
+    """Quantizers write the shared weight once, behind one DequantizeLinear."""
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    w1, b1, w2, b2 = net.random(6, 5), net.random(5), net.random(5, 4), net.random(4)
+    heads = []
+    for _ in range(3):
+        if shared == "last layer":
+            w1, b1 = net.random(6, 5), net.random(5)
+            b2 = b2 if bias_too else net.random(4)
+        else:
+            w2, b2 = net.random(5, 4), net.random(4)
+            b1 = b1 if bias_too else net.random(5)
+        heads.append(net.op("Gemm", net.op("Relu", net.op("Gemm", x, w1, b1)), w2, b2))
+    graph = net.graph(join(net, heads, 4))
+    int8 = quantize(graph, "int8", calibration=feeds_for(graph, 50))
+    fused = assert_fuses(int8, rtol=QUANTIZED)
+    # The optimizer computes an equal first layer once, so it belongs to the body.
+    once = shared == "first layer" and bias_too
+    assert ops_of(fused).count("QuantizedGroupedMatMul") == (1 if once else 2)
+
+
 def quantized_heads(
     *,
     x_dtype: type[np.integer] = np.int8,
@@ -378,6 +402,19 @@ def test_quantized_by_hand_fuses() -> None:
 )
 def test_odd_quantization_stays(options: dict[str, object], reason: str) -> None:
     assert_untouched(quantized_heads(**options), reason)  # type: ignore[arg-type]
+
+
+def test_one_shared_dequantized_bias() -> None:
+    net = Net()
+    x = net.qdq(net.input("x", ("batch", 6)))
+    ints = net.const([100, -50, 7, 0], np.int32)
+    bias = net.op("DequantizeLinear", ints, net.const(0.01))
+    heads = []
+    for _ in range(3):
+        weight = net.const(net.rng.integers(-99, 99, (6, 4)), np.int8)
+        w = net.op("DequantizeLinear", weight, net.const(0.02))
+        heads.append(net.op("Gemm", x, w, bias))
+    assert_fuses(net.graph(join(net, heads, 4)), rtol=QUANTIZED)
 
 
 @pytest.mark.parametrize(

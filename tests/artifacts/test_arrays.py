@@ -40,6 +40,11 @@ def lying_npy(shape: str, data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
 
 
+def raw_npy(header: str) -> bytes:
+    """A header of any text."""
+    return b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little") + f"{header}\n".encode()
+
+
 # files
 
 
@@ -64,6 +69,15 @@ BAD_FILES = {
     "negative": lying_npy("(-4,)"),
     "no shape": lying_npy("'abc'"),
     "half a zip": b"PK\x03\x04" + b"\0" * 30,
+    "size beyond 64 bits": lying_npy("(99999999999999999999999,)"),
+    # numpy reads the header as Python text, and lets through what each of these makes that raise.
+    "header that never ends": raw_npy("{'descr': '<f4', ("),
+    "text that never ends": raw_npy("'''"),
+    "header that is no Python": raw_npy("  x\n y"),
+    "header with a list as key": raw_npy("{[]: 1}"),
+    "header with half a type": raw_npy(
+        "{'descr': ('<f4',), 'fortran_order': False, 'shape': (1,)}"
+    ),
 }
 
 
@@ -101,6 +115,20 @@ def test_damaged_compressed_members(tmp_path: Path) -> None:
         (tmp_path / "bad.npz").write_bytes(bytes(damaged))
         with contextlib.suppress(HydraError):
             load_arrays(tmp_path / "bad.npz")
+
+
+@pytest.mark.filterwarnings("ignore")  # numpy remarks on headers that look like Python 2
+def test_a_flipped_bit_of_the_header_never_escapes(tmp_path: Path) -> None:
+    good, path, refused = npy(X), tmp_path / "bad.npy", 0
+    for position in range(0, 8 * 128, 3):
+        damaged = bytearray(good)
+        damaged[position // 8] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        try:
+            load_arrays(path)
+        except ArtifactError:
+            refused += 1
+    assert 130 < refused < 8 * 128 // 3  # some flips only touch padding
 
 
 def test_missing_files(tmp_path: Path) -> None:
