@@ -8,21 +8,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
-from hydra_edge.errors import HydraError, InputError, PerformanceGateError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from hydra_edge.artifacts.engine import Engine
-    from hydra_edge.artifacts.graph import Graph
-    from hydra_edge.artifacts.report import Report
-    from hydra_edge.compilation import CompileOptions
+from hydra_edge import terminal
+from hydra_edge.errors import GateError, HydraError, InputError, PerformanceGateError
 
 app = typer.Typer(
     name="hydra-edge",
@@ -60,14 +53,19 @@ def verb(function: Verb) -> Verb:
             if kwargs.get("as_json"):
                 parts = {"what": exc.what, "why": exc.why, "fix": exc.fix}
                 typer.echo(json.dumps({"error": {"type": type(exc).__name__, **parts}}))
-            typer.echo(f"error: {exc.what}\n  why: {exc.why}\n  fix: {exc.fix}", err=True)
-            raise typer.Exit(exc.exit_code) from exc
+            raise _exit(exc) from exc
         except KeyboardInterrupt as exc:
             typer.echo("\ninterrupted: no file was half written; run the command again.", err=True)
             raise typer.Exit(INTERRUPTED) from exc
 
     app.command(name=function.__name__.rstrip("_"))(run)
     return function
+
+
+def _exit(exc: HydraError) -> typer.Exit:
+    """Say on stderr what failed; the exit to raise."""
+    typer.echo(f"error: {exc.what}\n  why: {exc.why}\n  fix: {exc.fix}", err=True)
+    return typer.Exit(exc.exit_code)
 
 
 @verb
@@ -85,7 +83,7 @@ def demo(
     require("matplotlib", "demo")
     from hydra_edge.demo import run_demo
 
-    report = run_demo(output, console=_console())
+    report = run_demo(output, console=terminal.console_on())
     if as_json:
         typer.echo(report.to_json())
 
@@ -107,8 +105,8 @@ def export(
     module = ensembles.load_factory(factory)
     if weights is not None:
         ensembles.load_weights(module, weights)
-    inputs = tuple(torch.zeros(shape) for shape in _shapes(example))
-    _saved(exporting.export(module, inputs), output, as_json)
+    inputs = tuple(torch.zeros(shape) for shape in terminal.parse_shapes(example))
+    terminal.save_graph(exporting.export(module, inputs), output, as_json)
 
 
 @verb
@@ -128,7 +126,7 @@ def quantize(
     result = quantization.quantize(
         Graph.load(graph), precision, calibration=calibration, options=options
     )
-    _saved(result, output, as_json)
+    terminal.save_graph(result, output, as_json)
 
 
 @verb
@@ -137,7 +135,7 @@ def fuse(graph: Path, output: Output, as_json: JsonFlag = False) -> None:
     from hydra_edge import fusion
     from hydra_edge.artifacts.graph import Graph
 
-    _saved(fusion.fuse(Graph.load(graph)), output, as_json)
+    terminal.save_graph(fusion.fuse(Graph.load(graph)), output, as_json)
 
 
 @verb
@@ -153,7 +151,7 @@ def merge(
     from hydra_edge.artifacts.graph import Graph
 
     graphs = [Graph.load(path) for path in members]
-    _saved(exporting.merge(graphs, task=task, logits=logits), output, as_json)
+    terminal.save_graph(exporting.merge(graphs, task=task, logits=logits), output, as_json)
 
 
 @verb
@@ -172,16 +170,25 @@ def compile_(
     data: Annotated[
         Path | None, typer.Option(help="Inputs and labels to verify the engine on (.npz).")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="End a foreign graph in this task's summary first.")
+    ] = None,
+    logits: Annotated[
+        str | None, typer.Option(help="Its per-head output [M,B,C], or M outputs with ','.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize (if asked), fuse, lower, build and verify: from an ONNX file to an engine."""
-    from hydra_edge import inspection, pipeline
+    from hydra_edge import exporting, inspection, pipeline
     from hydra_edge.artifacts.arrays import load_dataset
     from hydra_edge.artifacts.graph import Graph
     from hydra_edge.quantization import CalibrationOptions
 
-    console = _console()
+    console = terminal.console_on()
     source = Graph.load(graph)
+    if task is not None:
+        names = logits.split(",") if logits and "," in logits else logits
+        source = exporting.summarize(source, task, names)
     inputs, labels = load_dataset(data, source.inputs) if data else (None, None)
     engine = pipeline.build(
         source,
@@ -189,13 +196,13 @@ def compile_(
         precision=precision,
         calibration=calibration,
         calibration_options=CalibrationOptions(method=method, progress=not as_json),
-        options=_compile_options(batch, threads, lowering),
+        options=terminal.parse_compile_options(batch, threads, lowering),
         data=inputs,
         labels=labels,
         on_step=lambda step: console.print(f"[dim]{step} …[/]"),
     )
     engine.save(output)
-    _print(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
+    terminal.show(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
     if pipeline.pays(engine) is False and not as_json:
         console.print(
             f"[yellow]{engine.precision} does not pay here:[/] {engine.metrics['p50_ms']:.3f} ms "
@@ -222,19 +229,22 @@ def verify(
     from hydra_edge.artifacts.arrays import load_dataset
 
     gates = verification.Gates(mi_rank_correlation=mi_correlation, accuracy_drop=accuracy_drop)
-    left, right = _load_model(model), _load_model(against)
+    left, right = terminal.load_model(model), terminal.load_model(against)
     inputs, labels = load_dataset(data, left.inputs)
     result = verification.verify(left, right, inputs, labels=labels, gates=gates)
     if as_json:
-        typer.echo(json.dumps(asdict(result)))
+        terminal.echo_json(asdict(result))
     else:
-        console = _console(stderr=False)
+        console = terminal.console_on(stderr=False)
         console.print(inspection.verification_table(result))
         for note in result.notes:
             console.print(f"[dim]{note}[/]")
         if result.passed:
             console.print(f"[green]passed[/] on {result.samples} samples")
-    result.require()
+    try:
+        result.require()
+    except GateError as exc:  # what was printed above says it already; one document per call
+        raise _exit(exc) from exc
 
 
 @verb
@@ -268,8 +278,14 @@ def bench(
             "The report names engines by it.",
             "Rename one of the files.",
         )
+    if min_speedup is not None and not against:
+        raise InputError(
+            "--min-speedup was given without --against.",
+            "There is no baseline to be faster than.",
+            "Name a baseline engine with --against.",
+        )
     for path in report or []:
-        _report_format(path)
+        terminal.check_report_path(path)
     sessions = {label: runtime.load(path, threads=threads) for label, path in paths.items()}
     try:
         specs = sessions[engine.stem].inputs
@@ -288,29 +304,29 @@ def bench(
             labels=labels,
             shifted=sets,
             reference=next(iter(p.stem for p in against), None) if against else None,
-            protocol=measurement.Protocol(batches=_integers(batches, "--batches")),
+            protocol=measurement.Protocol(batches=terminal.parse_integers(batches, "--batches")),
             progress=not as_json,
         )
     finally:
         for session in sessions.values():
             session.close()
     for path in report or []:
-        _write_report(result, path)
+        terminal.write_report(result, path)
     if as_json:
         typer.echo(result.to_json())
     else:
-        _console().print(reporting.to_table(result))
-    if min_speedup is not None:
-        for path in against or []:
-            for batch in result.protocol.batches:
-                ratio = measurement.speedup(result, engine.stem, path.stem, batch)
-                if not ratio >= min_speedup:
-                    raise PerformanceGateError(
-                        f"'{engine.stem}' is {ratio:.2f} times as fast as '{path.stem}' at batch "
-                        f"{batch}.",
-                        f"At least {min_speedup:g} times was asked for.",
-                        "Check the FLOP ratio in the report: it bounds what can be gained.",
-                    )
+        terminal.console_on().print(reporting.to_table(result))
+    for path in against or []:
+        for batch in result.protocol.batches:
+            ratio = measurement.speedup(result, engine.stem, path.stem, batch)
+            if min_speedup is not None and not ratio >= min_speedup:
+                error = PerformanceGateError(
+                    f"'{engine.stem}' is {ratio:.2f} times as fast as '{path.stem}' at batch "
+                    f"{batch}.",
+                    f"At least {min_speedup:g} times was asked for.",
+                    "Check the FLOP ratio in the report: it bounds what can be gained.",
+                )
+                raise _exit(error)
 
 
 @verb
@@ -333,15 +349,15 @@ def run(
 
     with runtime.load(engine, threads=threads) as session:
         prediction = session.run(load_dataset(inputs, session.inputs)[0], head_logits=head_logits)
-        rows = inspection.describe_prediction(prediction, session.engine.labels)
+        rows = inspection.describe_prediction(prediction, session.engine)
     if output is not None:
         stream = io.BytesIO()
         np.savez(stream, **dict(prediction))  # type: ignore[arg-type]
         write_atomic(output, stream.getvalue())
     if as_json:
-        typer.echo(json.dumps({name: array.tolist() for name, array in prediction.items()}))
+        terminal.echo_json({name: array.tolist() for name, array in prediction.items()})
     else:
-        _console(stderr=False).print(inspection.table(rows))
+        terminal.console_on(stderr=False).print(inspection.table(rows))
 
 
 @verb
@@ -352,7 +368,7 @@ def inspect(
     """Show what a file holds: inputs, outputs, heads, precision, lowering, provenance."""
     from hydra_edge import inspection
 
-    _print(inspection.describe_file(file), as_json, title=str(file))
+    terminal.show(inspection.describe_file(file), as_json, title=str(file))
 
 
 @verb
@@ -361,7 +377,7 @@ def targets(as_json: JsonFlag = False) -> None:
     from hydra_edge.targets import TARGETS
 
     rows = {t.name: f"{', '.join(t.precisions)}: {t.description}" for t in TARGETS}
-    _print(rows, as_json, title="targets")
+    terminal.show(rows, as_json, title="targets")
 
 
 @verb
@@ -370,7 +386,7 @@ def doctor(as_json: JsonFlag = False) -> None:
     from hydra_edge import inspection
 
     rows, healthy = inspection.describe_environment()
-    _print(rows, as_json, title="this machine")
+    terminal.show(rows, as_json, title="this machine")
     if not healthy:
         raise typer.Exit(6)
 
@@ -389,96 +405,6 @@ def _root(
 def main() -> None:
     """Entry point."""
     app()
-
-
-def _console(stderr: bool = True) -> Console:
-    """Progress and notes go to stderr, so that stdout holds only results."""
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
-
-
-def _print(rows: Mapping[str, object], as_json: bool, title: str) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows, default=str))
-        return
-    from rich.markup import escape
-
-    from hydra_edge import inspection
-
-    console = _console(stderr=False)
-    console.print(f"[bold]{escape(title)}[/]")
-    console.print(inspection.table([rows]))
-
-
-def _saved(graph: Graph, path: Path, as_json: bool) -> None:
-    from hydra_edge import inspection
-
-    graph.save(path)
-    _print(inspection.describe_graph(graph), as_json, title=f"wrote {path}")
-
-
-def _load_model(path: Path) -> Graph | Engine:
-    """An engine or a graph, by what the file holds."""
-    from hydra_edge.artifacts.engine import Engine
-    from hydra_edge.artifacts.graph import Graph
-
-    return Engine.load(path) if path.suffix == ".hydra" else Graph.load(path)
-
-
-def _integers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as exc:
-        raise InputError(
-            f"{option} is '{text}'.", "It takes whole numbers with commas.", "Write e.g. 1,8,32."
-        ) from exc
-
-
-def _compile_options(batch: str, threads: int | None, lowering: str | None) -> CompileOptions:
-    from hydra_edge.compilation import CompileOptions
-
-    sizes = _integers(batch, "--batch")
-    if len(sizes) != 3:
-        raise InputError(
-            f"--batch names {len(sizes)} sizes.",
-            "An engine has a smallest, a best and a largest batch.",
-            "Write e.g. 1,8,32.",
-        )
-    return CompileOptions(batch=(sizes[0], sizes[1], sizes[2]), threads=threads, lowering=lowering)
-
-
-def _shapes(text: str) -> list[tuple[int, ...]]:
-    try:
-        return [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
-    except ValueError as exc:
-        raise InputError(
-            f"--example is '{text}'.",
-            "It takes sizes with 'x' between them, one shape per input.",
-            "Write e.g. 1x3x224x224.",
-        ) from exc
-
-
-def _report_format(path: Path) -> str:
-    if path.suffix not in (".html", ".md", ".json"):
-        raise InputError(
-            f"'{path}' has no known report format.",
-            "Its ending decides: .html, .md or .json.",
-            "Choose one of those endings.",
-        )
-    return path.suffix
-
-
-def _write_report(report: Report, path: Path) -> None:
-    from hydra_edge import reporting
-    from hydra_edge.artifacts.files import write_atomic
-
-    kind = _report_format(path)
-    if kind == ".json":
-        text = report.to_json()
-    else:
-        text = reporting.to_html(report) if kind == ".html" else reporting.to_markdown(report)
-    write_atomic(path, text.encode())
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def merge(
     """Join M graphs into one ensemble graph with the outputs of the task.
 
     Args:
-        members: Graphs with the same inputs; each gives logits ``[B, C]``.
+        members: Graphs with the same inputs; each gives logits ``[B, C]``. Inputs are matched by
+            name where all members use the same names, otherwise by position.
         task: What they are for.
         labels: Names of the C outputs; those of the first member by default.
         logits: Name of the output with the logits; needed when members have several outputs.
@@ -99,6 +100,7 @@ def merge(
         raise InputError(
             "There are no members to merge.", "An ensemble has at least one.", "Name ONNX files."
         )
+    members = [_in_order(member, members[0]) for member in members]
     opset = max(ops.opset_of(ops.upgrade(member.model)) for member in members)
     first = members[0]
     outputs = [_logits_of(member, logits, index) for index, member in enumerate(members)]
@@ -130,17 +132,18 @@ def merge(
 def summarize(
     graph: Graph,
     task: str,
-    logits: str,
+    logits: str | Sequence[str] | None = None,
     *,
     labels: Sequence[str] = (),
     head_logits: bool = True,
 ) -> Graph:
-    """End a graph in the summary op of its task.
+    """End a graph in the summary op of its task: how a model exported by anybody gets its doubt.
 
     Args:
-        graph: A graph with the per-head output ``logits [M, B, C]``; other outputs are dropped.
+        graph: A graph with one per-head output ``[M, B, C]``, or M outputs ``[B, C]``; its other
+            outputs are dropped.
         task: Task name.
-        logits: Name of that output.
+        logits: Name of that output, or names of those M; None when the graph has no others.
         labels: Names of the C outputs.
         head_logits: Keep the per-head output among the outputs.
 
@@ -148,16 +151,9 @@ def summarize(
         GraphError: The output is missing or has another rank.
         InputError: The labels do not match C.
     """
-    spec = next((spec for spec in graph.outputs if spec.name == logits), None)
-    if spec is None or len(spec.shape) != 3 or not isinstance(spec.shape[0], int):
-        raise GraphError(
-            f"The output '{logits}' is {spec or 'missing'}.",
-            "A summary needs per-head outputs [M, B, C] with a known number of heads.",
-            "Stack the heads along axis 0, or merge member files with `hydra-edge merge`.",
-        )
-    heads, batch, channels = spec.shape
     described = tasks.find(task)
-    used = {name for node in graph.model.graph.node for name in (*node.input, *node.output)}
+    model, (heads, batch, channels) = _with_head_logits(graph, logits)
+    used = {name for node in model.graph.node for name in (*node.input, *node.output)}
     taken = sorted(used & set(described.outputs))
     if taken:
         raise GraphError(
@@ -172,14 +168,12 @@ def summarize(
             "Each output needs one label.",
             f"Give {width} labels, or none.",
         )
-    model = onnx.ModelProto()
-    model.CopyFrom(ops.upgrade(graph.model))
     model.graph.node.append(
         onnx.helper.make_node(
-            described.summary_op, [logits], list(described.outputs), "summary", domain=ops.DOMAIN
+            described.summary_op, [LOGITS], list(described.outputs), "summary", domain=ops.DOMAIN
         )
     )
-    kept = [value for value in model.graph.output if value.name == logits and head_logits]
+    kept = [value for value in model.graph.output if value.name == LOGITS and head_logits]
     del model.graph.output[:]
     for name in described.outputs:
         shape = [batch, width] if name in described.vector_outputs else [batch]
@@ -194,8 +188,68 @@ def summarize(
         task=task,
         heads=heads,
         labels=tuple(labels),
-        logits=logits if head_logits else None,
+        logits=LOGITS if head_logits else None,
     )
+
+
+def _with_head_logits(
+    graph: Graph, logits: str | Sequence[str] | None
+) -> tuple[onnx.ModelProto, tuple[int, int | str, int | str]]:
+    """A copy of the model in which the per-head output is called `LOGITS`, and its shape."""
+    wanted = [spec.name for spec in graph.outputs] if logits is None else logits
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    found = {spec.name: spec for spec in graph.outputs}
+    specs = [found[name] for name in names if name in found]
+    ranks = {len(spec.shape) for spec in specs}
+    shapes = {spec.shape for spec in specs}
+    stacked = len(specs) == 1 and ranks == {3} and isinstance(specs[0].shape[0], int)
+    apart = len(specs) > 1 and ranks == {2} and len(shapes) == 1
+    if len(specs) < len(names) or not (stacked or apart):
+        described = "; ".join(map(str, graph.outputs))
+        raise GraphError(
+            f"The per-head outputs {', '.join(map(repr, names))} cannot be summarized.",
+            f"The graph gives {described}; a summary needs one output [M, B, C] with a known M, or "
+            "M outputs [B, C] of one shape.",
+            "Name the right outputs with logits=… or --logits, stack the heads along axis 0, or "
+            "merge member files with `hydra-edge merge`.",
+        )
+    model = onnx.ModelProto()
+    model.CopyFrom(ops.upgrade(graph.model))
+    if stacked:
+        _rename(model.graph, names[0], LOGITS)
+        heads, batch, channels = specs[0].shape
+        assert isinstance(heads, int)
+        return model, (heads, batch, channels)
+    batch, channels = specs[0].shape
+    axes = onnx.helper.make_tensor(f"{LOGITS}/axes", onnx.TensorProto.INT64, [1], [0])
+    model.graph.initializer.append(axes)
+    rows = [f"{LOGITS}/{index}" for index in range(len(names))]
+    for name, row in zip(names, rows, strict=True):
+        model.graph.node.append(onnx.helper.make_node("Unsqueeze", [name, axes.name], [row], row))
+    model.graph.node.append(onnx.helper.make_node("Concat", rows, [LOGITS], LOGITS, axis=0))
+    kind = next(v for v in model.graph.output if v.name == names[0]).type.tensor_type.elem_type
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(LOGITS, kind, [len(names), batch, channels])
+    )
+    return model, (len(names), batch, channels)
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Give a tensor another name, everywhere."""
+    if old == new:
+        return
+    if any(new in (*node.input, *node.output) for node in graph.node):
+        raise GraphError(
+            f"The graph has a tensor '{new}' that is not its per-head output '{old}'.",
+            f"The per-head output is called '{new}' from here on.",
+            "Rename that tensor.",
+        )
+    _read_instead(graph, {old: new})
+    for node in graph.node:
+        for position, name in enumerate(node.output):
+            node.output[position] = new if name == old else name
+    for value in (*graph.output, *graph.value_info):
+        value.name = new if value.name == old else value.name
 
 
 def _examples(example: object) -> tuple[torch.Tensor, ...]:
@@ -294,6 +348,21 @@ def _logits_of(member: Graph, logits: str | None, index: int) -> TensorSpec:
             "Choose another output, or export the member without its summary.",
         )
     return candidates[0]
+
+
+def _in_order(member: Graph, first: Graph) -> Graph:
+    """A member whose inputs stand in the order of the first one's, if they have the same names."""
+    order = [spec.name for spec in first.inputs]
+    names = [spec.name for spec in member.inputs]
+    if names == order or sorted(names) != sorted(order):
+        return member
+    model = onnx.ModelProto()
+    model.CopyFrom(member.model)
+    values = {value.name: value for value in member.model.graph.input}
+    rest = [value for name, value in values.items() if name not in order]
+    del model.graph.input[:]
+    model.graph.input.extend([*(values[name] for name in order), *rest])
+    return Graph(model, member.metadata)
 
 
 def _check_member(

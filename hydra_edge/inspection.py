@@ -120,8 +120,14 @@ def describe_file(path: Path) -> Rows:
     return describe_graph(Graph.load(path))
 
 
-def describe_prediction(prediction: Prediction, labels: Sequence[str]) -> list[Rows]:
-    """One row per sample, for the first 20; the last row then says how many more there are."""
+def describe_prediction(prediction: Prediction, engine: Engine) -> list[Rows]:
+    """One row per sample, for the first 20; the last row then says how many more there are.
+
+    Without a task it is not known what the outputs mean, and only their shapes are shown.
+    """
+    if engine.task is None:
+        return [{name: f"{array.dtype} {list(array.shape)}" for name, array in prediction.items()}]
+    labels = engine.labels
     size = next((len(array) for name, array in prediction.items() if name != "head_logits"), 0)
     rows: list[Rows] = []
     for index in range(min(size, _PREDICTION_ROWS)):

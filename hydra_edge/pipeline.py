@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.artifacts.arrays import to_numpy
+from hydra_edge.artifacts.arrays import check_arrays, to_numpy
 from hydra_edge.artifacts.engine import MAIN, Engine
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.compilation import CompileOptions, compile
-from hydra_edge.errors import GateError
+from hydra_edge.errors import GateError, InputError
 from hydra_edge.fusion import fuse
 from hydra_edge.quantization import Calibration, CalibrationOptions, Precision, quantize
 from hydra_edge.verification import Gates, verify
@@ -60,6 +60,8 @@ def build(
         HydraError: A step failed; see `quantize`, `fuse` and `compile`.
     """
     wanted = Precision.parse(precision) if isinstance(precision, str) else precision
+    if data is not None:
+        _check_data(graph, data)  # before the slow steps, not after them
     lowered = graph
     if wanted != Precision():
         on_step(f"quantize to {wanted}")
@@ -73,7 +75,7 @@ def build(
     if wanted != Precision():
         on_step("time the fp32 twin")
         metrics["p50_ms_fp32_twin"] = _p50(compile(fuse(graph), target, options=options))
-    if data is not None and graph.metadata.logits is not None:
+    if data is not None:
         on_step("verify against the source graph")
         result = verify(engine, graph, data, labels=labels, gates=gates or ENGINE_GATES)
         if not result.passed:
@@ -86,6 +88,16 @@ def pays(engine: Engine) -> bool | None:
     """Whether lower precision made the engine faster than its fp32 twin; None if not measured."""
     twin = engine.metrics.get("p50_ms_fp32_twin")
     return None if twin is None else engine.metrics["p50_ms"] < twin
+
+
+def _check_data(graph: Graph, data: object) -> None:
+    if graph.metadata.logits is None or graph.metadata.task is None:
+        raise InputError(
+            "There is data to verify the engine on, but the graph has no task or per-head output.",
+            "Without them it is not known what its outputs mean.",
+            "Give it a task first, with `summarize` or --task, or leave the data out.",
+        )
+    check_arrays(_first(data, graph), graph.inputs)
 
 
 def _first(data: object, graph: Graph) -> dict[str, Array]:

@@ -221,8 +221,11 @@ def _reduce_mean(stacker: Stacker, step: Step) -> Emitted:
 
 
 def _layer_norm(stacker: Stacker, step: Step) -> Emitted:
-    """The scale and bias of LayerNormalization have no axis M, so they become Mul and Add."""
-    x = stacker.varying(step.inputs[0])
+    """The scale and bias of LayerNormalization have no axis M, so they become Mul and Add.
+
+    Heads that begin with it normalize their shared input alike: that part is emitted once.
+    """
+    x = stacker.emitted(step.inputs[0])
     attrs = dict(step.nodes[0].attrs)
     axis = int(attrs.get("axis", -1))
     if axis not in (-1, x.rank - 1) or len(step.nodes[0].outputs) > 1:
@@ -230,10 +233,14 @@ def _layer_norm(stacker: Stacker, step: Step) -> Emitted:
     attrs["axis"] = -1
     scale = stacker.aligned(step.inputs[1], x.rank)
     ones = stacker.constant(np.ones(scale.shape[-1:], np.dtype(scale.dtype)))
-    y = stacker.emit(step.op, [x.tensor, ones], step, **attrs)
-    y = stacker.emit("Mul", [y.tensor, scale], step)
-    if len(step.inputs) > 2 and step.inputs[2] is not None:
-        y = stacker.emit("Add", [y.tensor, stacker.aligned(step.inputs[2], x.rank)], step)
+    y = stacker.emit(step.op, [x.tensor, ones], step, stacked=x.stacked, **attrs)
+    stacked = x.stacked or stacker.emitted(step.inputs[1]).stacked
+    y = stacker.emit("Mul", [y.tensor, scale], step, stacked=stacked)
+    bias = step.inputs[2] if len(step.inputs) > 2 else None
+    if bias is not None:
+        stacked = stacked or stacker.emitted(bias).stacked
+        inputs = [y.tensor, stacker.aligned(bias, x.rank)]
+        y = stacker.emit("Add", inputs, step, stacked=stacked)
     return y
 
 
@@ -321,6 +328,8 @@ def _matmul_bias(stacker: Stacker, step: Step) -> Emitted | None:
     """Add behind MatMul, when it adds a bias per output column; None when it is something else."""
     for product, bias in (step.inputs, step.inputs[::-1]):
         if isinstance(product, Step) and product.op == "MatMul" and is_constant(bias):
+            if rank_of(step.output) != rank_of(product.output):
+                return None
             array = constants(bias, stacker.heads)[0]
             if array.ndim and array.size == array.shape[-1] == (product.output.shape or [0])[-1]:
                 return _matmul_of(stacker, step, product, False, bias)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from onnx import TensorProto
@@ -359,9 +360,9 @@ def test_merge_takes_the_labels_of_the_first_member() -> None:
 
 
 def test_summarize_refuses_other_ranks_and_names() -> None:
-    with pytest.raises(GraphError, match="The output 'nothing' is missing"):
+    with pytest.raises(GraphError, match="The per-head outputs 'nothing' cannot be summarized"):
         summarize(mlp_heads(), "classification", "nothing")
-    with pytest.raises(GraphError, match=r"The output 'logits' is logits: float32\[batch, 12\]"):
+    with pytest.raises(GraphError, match=r"The graph gives logits: float32\[batch, 12\]"):
         summarize(mlp_heads(kind="concat1"), "classification", "logits")
     with pytest.raises(GraphError, match=r"float32\[batch, 3, 4\]"):
         summarize(mlp_heads(kind="stack1"), "classification", "logits")
@@ -374,7 +375,51 @@ def test_summarize_refuses_other_ranks_and_names() -> None:
 def test_summarize_twice_is_refused() -> None:
     once = summarize(mlp_heads(), "classification", "logits")
     with pytest.raises(GraphError, match="The graph has a tensor 'expected_entropy' already"):
-        summarize(once, "classification", "logits")
+        summarize(once, "classification", "head_logits")
+
+
+def test_summarize_names_the_per_head_output_and_stacks_separate_ones() -> None:
+    x = {"x": np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)}
+    graph = mlp_heads()
+    expected = evaluate(graph.model, x)["logits"]
+    once = summarize(graph, "classification")
+    assert once.metadata.logits == "head_logits"
+    assert np.array_equal(evaluate(once.model, x)["head_logits"], expected)
+    apart = mlp_heads(kind="outputs")
+    names = [spec.name for spec in apart.outputs]
+    stacked = summarize(apart, "classification", names)
+    assert stacked.outputs[-1].shape == (expected.shape[0], "batch", expected.shape[2])
+    found = evaluate(stacked.model, x)
+    assert np.array_equal(found["head_logits"], np.stack(list(evaluate(apart.model, x).values())))
+    assert fuse(stacked).fusion[0].fused
+    with pytest.raises(GraphError, match="not its per-head output"):
+        summarize(Graph(_with_tensor_called("head_logits")), "classification", "logits")
+
+
+def _with_tensor_called(name: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 20]>
+        g (float[2, batch, 3] x) => (float[2, batch, 3] logits) {{
+        {name} = Relu(x)
+        logits = Neg({name}) }}"""
+    )
+
+
+def test_merge_matches_inputs_by_name() -> None:
+    def difference(first: str, second: str) -> Graph:
+        return Graph(
+            onnx.parser.parse_model(
+                f"""<ir_version: 9, opset_import: ["" : 20]>
+                g (float[batch, 3] {first}, float[batch, 3] {second}) => (float[batch, 3] logits) {{
+                logits = Sub(a, b) }}"""
+            )
+        )
+
+    merged = merge([difference("a", "b"), difference("b", "a")])
+    feeds = {"a": np.full((2, 3), 5, np.float32), "b": np.ones((2, 3), np.float32)}
+    assert np.array_equal(
+        evaluate(merged.model, feeds)["head_logits"], np.full((2, 2, 3), 4, np.float32)
+    )
 
 
 def test_summarize_does_not_change_its_source() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from rich.console import Console
 
 from hydra_edge import inspection
+from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.prediction import Prediction
 
 
@@ -17,6 +20,28 @@ def text(table: object) -> str:
     return capture.get()
 
 
+ENGINE = Engine(
+    target="cpu",
+    backend="onnxruntime",
+    task="classification",
+    kind="student",
+    heads=3,
+    labels=("cat", "dog"),
+    precision="fp32",
+    source_sha256="",
+    calibration_sha256=None,
+    metrics={},
+    tools={},
+    programs={},
+)
+
+
+def test_without_a_task_only_shapes_are_shown() -> None:
+    prediction = Prediction({"y": np.zeros((3, 50), np.float32)})
+    rows = inspection.describe_prediction(prediction, replace(ENGINE, task=None))
+    assert rows == [{"y": "float32 [3, 50]"}]
+
+
 def test_predictions_show_answer_and_uncertainty() -> None:
     prediction = Prediction(
         {
@@ -25,7 +50,7 @@ def test_predictions_show_answer_and_uncertainty() -> None:
             "head_logits": np.zeros((3, 2, 2), np.float32),
         }
     )
-    rows = inspection.describe_prediction(prediction, ("cat", "dog"))
+    rows = inspection.describe_prediction(prediction, ENGINE)
     assert rows[0]["answer"] == "dog"
     assert rows[1] == {"sample": 1, "answer": "cat", "probability": 0.6, "mutual_information": 0.5}
     shown = text(inspection.table(rows))
@@ -34,7 +59,9 @@ def test_predictions_show_answer_and_uncertainty() -> None:
 
 
 def test_long_predictions_are_cut() -> None:
-    rows = inspection.describe_prediction(Prediction({"mean": np.zeros((50, 2), np.float32)}), ())
+    rows = inspection.describe_prediction(
+        Prediction({"mean": np.zeros((50, 2), np.float32)}), ENGINE
+    )
     assert len(rows) == 21
     assert rows[-1] == {"sample": "…", "answer": "30 more"}
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 import hydra_edge as he
-from hydra_edge.errors import GateError
+from hydra_edge.errors import GateError, InputError
 from hydra_edge.exporting import summarize
 from hydra_edge.pipeline import build, pays
 from hydra_edge.verification import Gates
@@ -80,6 +80,12 @@ def test_a_failed_gate_returns_no_engine(graph: he.Graph) -> None:
         )
 
 
-def test_a_graph_without_per_head_output_is_compiled_unverified(graph: he.Graph) -> None:
+def test_data_is_checked_before_the_slow_steps(graph: he.Graph) -> None:
+    steps: list[str] = []
     silent = he.Graph(graph.model, replace(graph.metadata, logits=None))
-    assert "mi_ratio" not in build(silent, data=INPUTS).metrics
+    with pytest.raises(InputError, match="the graph has no task or per-head output"):
+        build(silent, data=INPUTS, on_step=steps.append)
+    with pytest.raises(InputError, match="has shape"):
+        build(graph, data=INPUTS[:, :3], on_step=steps.append)
+    assert not steps
+    assert "mi_ratio" not in build(silent).metrics
