@@ -13,6 +13,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What the README calls the user's own files.
+PREPARE = """
+import numpy as np, torch, hydra_edge as he
+from sklearn.datasets import load_digits
+from torch import nn
+
+digits = load_digits()
+images = (digits.images / 16).astype("float32").reshape(-1, 64)
+np.savez("calibration.npz", input=images[:500])
+np.savez("test.npz", input=images[1500:], labels=digits.target[1500:])
+np.save("input.npy", images[:3])
+
+
+class Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(64, 10) for _ in range(4))
+
+    def forward(self, x):
+        return torch.stack([head(x) for head in self.heads])
+
+
+for m in range(5):
+    he.export(nn.Linear(64, 10), images[:1]).save(f"member{m}.onnx")
+body = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+he.export(he.Hydra(body, he.mlp_heads(5, 64, 10)), images[:1]).save("student.onnx")
+he.export(Foreign(), images[:1]).save("heads.onnx")
+"""
 # Setting up an environment inside a test would take minutes; CI runs these two for real.
 NOT_HERE = re.compile(r"^(make|pip) ", re.MULTILINE)
 
@@ -22,6 +50,7 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the quick start trains a student")
     blocks = BLOCK.findall(PAGES[0].read_text())
     assert {language for language, _, _ in blocks} >= {"python", "bash"}
+    subprocess.run([sys.executable, "-c", PREPARE], cwd=tmp_path, check=True, capture_output=True)
     ran = 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, _, code in blocks:

@@ -74,7 +74,7 @@ def test_summary_follows_and_keeps_its_names() -> None:
     graph = student()
     fused = assert_fuses(graph)
     assert ops_of(fused)[-1] == "EnsembleSummary"
-    assert fused.metadata.logits == "logits"
+    assert fused.metadata.logits == "head_logits"
     assert fused.metadata.provenance == (*graph.metadata.provenance, "fuse")
 
 
@@ -444,3 +444,31 @@ def test_alpha_beta_and_transposition_behind_q_dq() -> None:
         return net.op("Gemm", net.qdq(x), w, net.random(4), alpha=0.5, beta=-2.0, transB=1)
 
     assert_fuses(heads_of(head), rtol=QUANTIZED)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_heads_that_begin_with_a_layer_norm(same: bool) -> None:
+    def head(net: Net, x: str, index: int) -> str:
+        scale, bias = (np.full(6, 0.5 + value * (not same)) for value in (index, -index))
+        normed = net.op("LayerNormalization", x, net.const(scale), net.const(bias))
+        return net.op("Gemm", normed, net.random(6, 4), net.random(4))
+
+    fused = assert_fuses(heads_of(head))
+    assert [n.op_type for n in fused.model.graph.node].count("LayerNormalization") == 1
+
+
+def test_a_sum_that_adds_an_axis_is_no_bias() -> None:
+    def head(net: Net, x: str, _: int) -> str:
+        product = net.op("MatMul", x, net.random(6, 4))
+        return net.op(
+            "ReduceMean",
+            net.op("Add", product, net.random(1, 1, 4)),
+            net.const([0], np.int64),
+            keepdims=0,
+        )
+
+    graph = heads_of(head)
+    x = {"x": np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)}
+    (name,) = (spec.name for spec in graph.outputs)
+    expected = evaluate(graph.model, x)[name]
+    assert np.allclose(evaluate(fuse(graph).model, x)[name], expected, atol=1e-5)
