@@ -20,7 +20,13 @@ from hydra_edge.verification import Gates, verify
 Array = npt.NDArray[np.generic]
 _GOLDEN = 16  # samples
 # Against the graph it was made from, an engine must keep nearly all of its uncertainty.
-ENGINE_GATES = Gates(accuracy_drop=0.005, mi_rank_correlation=0.95, mi_ratio=(0.67, 1.5))
+ENGINE_GATES = Gates(
+    accuracy_drop=0.005,
+    mi_rank_correlation=0.95,
+    mi_ratio=(0.67, 1.5),
+    prediction_error=0.1,
+    top1_agreement=0.97,
+)
 
 
 def build(

@@ -1,7 +1,8 @@
 """`verify`: does one model still answer, and still doubt, like another?
 
 Accuracy alone hides the loss that matters here: heads can collapse onto their mean without a single
-prediction changing. So the gates cover the disagreement between heads as well.
+prediction changing. So the gates cover the disagreement between heads as well, and the summary a
+user reads is recomputed from what the heads say.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from hydra_edge import equivalence, tasks
-from hydra_edge.artifacts.arrays import check_arrays, to_numpy
-from hydra_edge.artifacts.engine import Engine
+from hydra_edge.artifacts.arrays import to_numpy
+from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph
-from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import GateError, InputError
 from hydra_edge.runtime import Session, load
+from hydra_edge.tasks import Float, Task
 
 Array = npt.NDArray[np.generic]
 Model = Graph | Engine | Session
 _BATCH = 64
+# Summary ops compute in fp32 whatever the precision is, so that 1e-3 is far above their rounding,
+# and far below any summary that is wrong.
+_SUMMARY_TOLERANCE = 1e-3
+# Entropies are sums of C terms up to ln C, about 10, of which fp32 keeps 1e-5; mutual information
+# is a small difference of two.
+_ENTROPY_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,12 @@ class Gates:
         mi_rank_correlation: Smallest Spearman correlation of the epistemic uncertainty.
         mi_ratio: Bounds on mean epistemic uncertainty over the reference's.
         disagreement_ratio: Bounds on the heads' disagreement over the reference's.
+        prediction_error: Largest relative RMS difference of what is predicted: the mean
+            probabilities; means, relative to the reference's total standard deviation; aleatoric
+            variances.
+        top1_agreement: Smallest share of samples with the same winning class.
+        head_error: Largest relative RMS difference of a head's raw output; head counts must match.
+            Off by default: distilled and pruned models may say the same with other logits.
     """
 
     accuracy_drop: float | None = 0.01
@@ -47,6 +60,9 @@ class Gates:
     mi_rank_correlation: float | None = 0.8
     mi_ratio: tuple[float, float] | None = (0.5, 1.5)
     disagreement_ratio: tuple[float, float] | None = (0.5, 2.0)
+    prediction_error: float | None = 0.5
+    top1_agreement: float | None = 0.9
+    head_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ def verify(
         model: What to judge: an engine, an open session or a graph.
         reference: What it must resemble, e.g. the fp32 graph, or the ensemble behind it.
         inputs: An array, or arrays by input name; axis 0 is the sample.
-        labels: Ground truth ``[N]``; without it only drift is judged.
+        labels: Ground truth ``[N]``; without it accuracy and calibration are not judged.
         gates: Limits; sensible ones by default.
 
     Returns:
@@ -125,16 +141,23 @@ def verify(
             "Export or merge them with a task, e.g. --task classification.",
         )
     task = tasks.find(name)
-    found = _head_logits(model, inputs, "model")
-    expected = _head_logits(reference, inputs, "reference")
+    found, summary = _answers(model, inputs, task, "model")
+    expected, reference_summary = _answers(reference, inputs, task, "reference")
     if found.shape[1:] != expected.shape[1:]:
         raise InputError(
             f"The model gives per-head outputs {list(found.shape)}.",
             f"The reference gives {list(expected.shape)} ([M, B, C]).",
             "Compare models with the same outputs.",
         )
-    if not np.all(np.isfinite(found)):
-        broken = int(np.argmin(np.isfinite(found).all(axis=(1, 2))))
+    broken = _broken_head(expected, task)
+    if broken is not None:
+        raise InputError(
+            f"Head {broken} of the reference gives NaN or infinity.",
+            "Nothing can be compared with it.",
+            "Check the reference's precision and the inputs.",
+        )
+    broken = _broken_head(found, task)
+    if broken is not None:
         failure = f"head {broken} gives NaN or infinity"
         return Verification(found.shape[1], (), {}, {}, {}, (failure,), ("nothing else checked",))
     notes = []
@@ -144,6 +167,8 @@ def verify(
             equivalence.difference(ours, theirs)
             for ours, theirs in zip(found, expected, strict=True)
         )
+    elif gates.head_error is not None:
+        notes.append("the head counts differ: head errors were not checked")
     metrics: Mapping[str, float] = {}
     reference_metrics: Mapping[str, float] = {}
     if labels is None:
@@ -152,12 +177,19 @@ def verify(
         target = to_numpy(labels, "labels")
         metrics = task.metrics(found, target)
         reference_metrics = task.metrics(expected, target)
-    drift = task.drift(found, expected)
+    errors = _prediction_errors(task, found, expected)
+    drift = {
+        **task.drift(found, expected),
+        **{f"{name}_error": error for name, error in errors.items()},
+    }
     if len(expected) == 1:
         notes.append("the reference has one head: uncertainty was not checked")
     failures = [
         *_quality_failures(metrics, reference_metrics, gates),
+        *_prediction_failures(errors, drift.get("top1_agreement"), head_errors, gates),
         *(_diversity_failures(drift, gates) if len(expected) > 1 else ()),
+        *_summary_failures("model", summary, found, task),
+        *_summary_failures("reference", reference_summary, expected, task),
     ]
     return Verification(
         samples=found.shape[1],
@@ -194,6 +226,58 @@ def _quality_failures(
     return failures
 
 
+def _prediction_errors(task: Task, found: Array, expected: Array) -> dict[str, float]:
+    """Relative error per vector output but the epistemic one, which has gates of its own.
+
+    RMS over samples, over the reference's RMS. Values of a regression have units of their own, so
+    each is measured by itself and the worst counts. Its mean is measured against the standard
+    deviation of the reference's predictions over the data, by the law of total variance: an RMS
+    would hide any error behind a large offset, and the spread over samples alone is 0 for one.
+    """
+    ours, theirs = task.summarize(found), task.summarize(expected)
+    errors = {}
+    for name in task.vector_outputs:
+        if name == task.epistemic:
+            continue
+        base = theirs[name]
+        axis = None if name == "mean_prob" else 0  # probabilities share one scale
+        error = np.sqrt(np.mean((ours[name] - base) ** 2, axis=axis))
+        scale = np.sqrt(np.mean(base**2, axis=axis))
+        if name == "mean":
+            within = theirs["aleatoric_variance"] + theirs["epistemic_variance"]
+            scale = np.sqrt(base.var(axis=0) + within.mean(axis=0))
+        same = np.where(error == 0, 0.0, np.inf)  # what error over a scale of 0 counts as
+        errors[name] = float(np.max(np.divide(error, scale, out=same, where=scale > 0)))
+    return errors
+
+
+def _prediction_failures(
+    errors: Mapping[str, float],
+    agreement: float | None,
+    head_errors: tuple[float, ...],
+    gates: Gates,
+) -> list[str]:
+    failures = []
+    for name, error in errors.items():
+        if gates.prediction_error is not None and not error <= gates.prediction_error:
+            failures.append(
+                f"{name} differs by {error:.3g} (relative; allowed: {gates.prediction_error:g})"
+            )
+    needed = gates.top1_agreement
+    if agreement is not None and needed is not None and not agreement >= needed:
+        failures.append(
+            f"the winning class is the same on {agreement:.1%} of the samples "
+            f"(needed: {needed:.1%})"
+        )
+    if gates.head_error is not None and head_errors and not max(head_errors) <= gates.head_error:
+        worst = int(np.argmax(head_errors))
+        failures.append(
+            f"head {worst} differs by {head_errors[worst]:.3g} "
+            f"(relative RMS; allowed: {gates.head_error:g})"
+        )
+    return failures
+
+
 def _diversity_failures(drift: Mapping[str, float], gates: Gates) -> list[str]:
     failures = []
     value = drift["mi_rank_correlation"]
@@ -226,28 +310,120 @@ def _task_of(model: Model) -> str | None:
     return model.engine.task if isinstance(model, Session) else model.task
 
 
-def _head_logits(model: Model, inputs: object, role: str) -> Array:
-    """``[M, N, C]`` on all of the data, in batches."""
+def _summary_failures(
+    role: str, summary: Mapping[str, Array], logits: Array, task: Task
+) -> list[str]:
+    """Outputs of one model that do not follow from its own heads."""
+    failures = []
+    expected = task.summarize(logits)
+    for name, value in summary.items():
+        wanted = expected[name]
+        origin = f"the {role}'s {name} does not follow from its heads"
+        if value.shape != wanted.shape:
+            failures.append(f"{origin}: it is {list(value.shape)}, not {list(wanted.shape)}")
+            continue
+        error = np.abs(np.asarray(value, np.float64) - wanted)
+        wrong = ~(error <= _summary_tolerance(name, expected))  # so that NaN is wrong
+        if name == "variation_ratio":
+            wrong &= _votes_are_clear(logits, expected["mean_prob"])
+        if wrong.any():
+            worst = float(error[wrong].max())
+            failures.append(f"{origin}: {wrong.mean():.1%} of it is wrong, by up to {worst:.3g}")
+    return failures
+
+
+def _summary_tolerance(name: str, expected: Mapping[str, Float]) -> Float:
+    """What a faithful summary may differ by: relative to each value and to the whole output."""
+    values = expected[name]
+    axis = None if values.ndim == 1 or name == "mean_prob" else 0
+    level = np.sqrt(np.mean(values**2, axis=axis))
+    if values.ndim == 1:
+        level = np.minimum(level, 1.0)
+    tolerance = np.asarray(_SUMMARY_TOLERANCE * (np.abs(values) + level))
+    if values.ndim == 1:
+        tolerance += _ENTROPY_ROUNDING
+    if name == "epistemic_variance":
+        # fp32 means are off by e = 1e-6·|mean|, and s² then by 2se + e² ≤ 1e-3·s² + 1e3·e².
+        tolerance += 1e-9 * expected["mean"] ** 2
+    return tolerance
+
+
+def _votes_are_clear(logits: Array, mean_prob: Float) -> npt.NDArray[np.bool_]:
+    """``[N]``: samples without a tie that rounding may break either way, which moves the votes."""
+
+    def clear(values: Float) -> npt.NDArray[np.bool_]:
+        second, first = np.moveaxis(np.partition(values, -2, axis=-1)[..., -2:], -1, 0)
+        return np.asarray(first - second > 1e-4 * np.abs(first))  # fp32 keeps 1e-7
+
+    return np.asarray(clear(np.asarray(logits, np.float64)).all(axis=0) & clear(mean_prob))
+
+
+def _broken_head(logits: Array, task: Task) -> int | None:
+    """The first head with an output that means nothing, or None.
+
+    A logit of -inf masks its class, which is fine while another class is left: then the largest
+    logit is finite. Means and log variances have no such use.
+    """
+    finite = np.isfinite(logits.max(axis=-1) if task.name == "classification" else logits)
+    healthy = finite.reshape(len(logits), -1).all(axis=1)
+    return None if healthy.all() else int(np.argmin(healthy))
+
+
+def _answers(model: Model, inputs: object, task: Task, role: str) -> tuple[Array, dict[str, Array]]:
+    """Per-head outputs ``[M, N, C]`` on all of the data, and the outputs of the task's summary."""
+    if isinstance(model, Graph):
+        model = _as_engine(model, task, role)
     if isinstance(model, Engine):
         with load(model) as session:
-            return _head_logits(session, inputs, role)
-    if isinstance(model, Session):
-        return model.run(inputs, head_logits=True)["head_logits"]
-    logits = model.metadata.logits
-    if logits is None:
+            return _answers(session, inputs, task, role)
+    prediction = model.run(inputs, head_logits=True)
+    optional = model.engine.programs[MAIN].optional
+    name = optional[0] if optional else "head_logits"
+    logits = prediction.get(name)
+    if logits is None or logits.ndim != 3:
+        found = "missing" if logits is None else str(list(logits.shape))
+        raise InputError(
+            f"The {role}'s per-head output '{name}' is {found}.",
+            "Heads are compared one by one: it is an output with three axes, [M, B, C].",
+            "Export the model again with head_logits=True, or stack its heads along axis 0.",
+        )
+    return logits, {name: prediction[name] for name in task.outputs if name in prediction}
+
+
+def _as_engine(graph: Graph, task: Task, role: str) -> Engine:
+    """The graph just as it is, as an engine: a session splits and pads its batches."""
+    metadata = graph.metadata
+    if metadata.logits is None or metadata.logits not in {spec.name for spec in graph.outputs}:
         raise InputError(
             f"The {role} gives no per-head output.",
             "Diversity is judged on what every head says.",
             "Export it with head_logits=True.",
         )
-    if isinstance(inputs, Mapping):
-        given = {str(name): to_numpy(value, str(name)) for name, value in inputs.items()}
-    else:
-        given = {model.inputs[0].name: to_numpy(inputs, model.inputs[0].name)}
-    feeds = check_arrays(given, model.inputs)
-    size = len(next(iter(feeds.values())))
-    parts = [
-        evaluate(model.model, {n: a[i : i + _BATCH] for n, a in feeds.items()}, [logits])[logits]
-        for i in range(0, size, _BATCH)
-    ]
-    return np.concatenate(parts, axis=1)
+    fixed = [spec.shape[0] for spec in graph.inputs if spec.shape]
+    size = next((size for size in fixed if isinstance(size, int)), None)
+    wanted = {metadata.logits, *task.outputs}
+    program = Program(
+        inputs=graph.inputs,
+        outputs=tuple(spec for spec in graph.outputs if spec.name in wanted),
+        batch=(size, size, size) if size is not None else (1, _BATCH, _BATCH),
+        optional=(metadata.logits,),
+        lowering="",
+        lowering_ms={},
+        graph=graph,
+        payload=graph.model.SerializeToString(),
+        golden=Golden({}, {}, 0.0),
+    )
+    return Engine(
+        target="cpu",
+        backend="onnxruntime",
+        task=metadata.task,
+        kind=metadata.kind,
+        heads=metadata.heads,
+        labels=metadata.labels,
+        precision=metadata.precision,
+        source_sha256="",  # it is never saved
+        calibration_sha256=None,
+        metrics={},
+        tools={},
+        programs={MAIN: program},
+    )

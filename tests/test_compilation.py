@@ -37,7 +37,7 @@ def test_a_student() -> None:
     assert engine.source_sha256 == graph.sha256
     assert set(engine.tools) == {"hydra-edge", "onnx", "onnxruntime"}
     assert program.batch == (1, 4, 16)
-    assert program.optional == ("logits",)
+    assert program.optional == ("head_logits",)
     assert set(program.lowering_ms) == set(LOWERINGS)
     assert program.lowering == min(program.lowering_ms, key=program.lowering_ms.__getitem__)
     assert all(ms > 0 for ms in program.lowering_ms.values())
@@ -55,7 +55,7 @@ def test_the_engine_answers_like_its_graph(make: object, precision: str) -> None
     with load(compile(graph)) as session:
         found = session.run(feeds, head_logits=True)
     assert list(found) == list(expected)
-    for name in ("logits", "mean_prob"):
+    for name in ("head_logits", "mean_prob"):
         scale = np.abs(expected[name]).max()
         # A halfway case may round the other way: one of 127 steps.
         np.testing.assert_allclose(found[name], expected[name], atol=0.02 * scale)

@@ -116,7 +116,7 @@ def test_summary_and_head_logits_as_outputs() -> None:
     fused = fuse(student())
     for lowered in assert_lowers(fused).values():
         assert ops_of(lowered)[-1] == "EnsembleSummary"
-        assert [spec.name for spec in lowered.outputs][-1] == "logits"
+        assert [spec.name for spec in lowered.outputs][-1] == "head_logits"
 
 
 def test_without_head_logits() -> None:

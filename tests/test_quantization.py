@@ -59,7 +59,7 @@ def test_every_precision_lands_on_its_part(
     onnx.checker.check_model(found.model, full_check=True)
     feeds = feeds_for(graph, 16, seed=9)
     expected, actual = evaluate(graph.model, feeds), evaluate(found.model, feeds)
-    for name in ("logits", "mean_prob"):
+    for name in ("head_logits", "mean_prob"):
         # int8 has 127 steps of the largest value, a few layers deep.
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(actual[name], expected[name], atol=0.06 * scale)
@@ -71,7 +71,7 @@ def test_the_summary_stays_in_fp32(precision: str) -> None:
     found = quantize(student(), precision, calibration=X)
     surgeon = surgery.open_model(found.model)
     (summary,) = [node for node in surgeon.nodes if node.op == "EnsembleSummary"]
-    assert summary.inputs[0].name == "logits"
+    assert summary.inputs[0].name == "head_logits"
     assert summary.inputs[0].dtype == np.float32
     assert summary.inputs[0].inputs[0].op in ("Concat", "Cast")
     body = found.model.functions[0]
@@ -137,7 +137,7 @@ def test_methods(method: str) -> None:
     graph = student()
     options = CalibrationOptions(method, percentile=99.9)
     found = quantize(graph, "int8", calibration=X, options=options)
-    expected, actual = (evaluate(g.model, {"x": X})["logits"] for g in (graph, found))
+    expected, actual = (evaluate(g.model, {"x": X})["head_logits"] for g in (graph, found))
     np.testing.assert_allclose(actual, expected, atol=0.15 * np.abs(expected).max())
 
 

@@ -93,7 +93,7 @@ class OnlyDLPack:
 def test_arrays_of_any_library(session: Session, wrap: object) -> None:
     found = session.run(wrap(X[:5]))  # type: ignore[operator]
     assert_close(found, expected(GRAPH, {"x": X[:5]}), list(found))
-    assert "logits" not in found
+    assert "head_logits" not in found
 
 
 def test_a_tensor_that_needs_a_gradient(session: Session) -> None:
@@ -184,7 +184,7 @@ def test_a_fixed_batch_takes_any_batch(size: int, heads: int) -> None:
     padded = np.concatenate([X[:size], X[: 12 - size]])
     parts = [expected(graph, {"x": padded[i : i + 4]}) for i in (0, 4, 8)]
     for name, array in found.items():
-        axis = 1 if name == "logits" else 0
+        axis = 1 if name == "head_logits" else 0
         whole = np.concatenate([part[name] for part in parts], axis)
         np.testing.assert_allclose(array, whole.take(range(size), axis), rtol=1e-4, atol=1e-5)
 
@@ -217,8 +217,8 @@ def test_outputs_that_cannot_be_joined_say_so(shape: tuple[int, ...]) -> None:
 
 
 def test_head_logits_only_on_request(session: Session) -> None:
-    assert "logits" not in session.run(X)
-    assert session.run(X, head_logits=True)["logits"].shape == (3, 23, 4)
+    assert "head_logits" not in session.run(X)
+    assert session.run(X, head_logits=True)["head_logits"].shape == (3, 23, 4)
 
 
 def test_head_logits_that_are_not_there() -> None:
@@ -251,7 +251,7 @@ def test_a_closed_session(engine: Engine) -> None:
 def test_repr_and_specs(session: Session) -> None:
     assert repr(session) == "Session(model, cpu, fp32, heads=3)"
     assert [spec.name for spec in session.inputs] == ["x"]
-    assert [spec.name for spec in session.outputs][-1] == "logits"
+    assert [spec.name for spec in session.outputs][-1] == "head_logits"
     assert session.threads >= 1
 
 
