@@ -54,9 +54,9 @@ _MATMULS = ("Conv", "Gemm", "MatMul")
 _POOLING = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 _INT8_KINDS = (*_MATMULS, *_POOLING)
 _CALIBRATION_BATCH = 32
-# "entropy" compares thresholds that leave at least `_QUANTIZED_BINS` of `_BINS` bins, so the two must
-# differ: ONNX Runtime's default of 128 for both leaves one threshold, the largest value. 2048 bins
-# let it clip to a sixteenth, as in Migacz, "8-bit Inference with TensorRT" (GTC 2017).
+# "entropy" compares thresholds that leave at least `_QUANTIZED_BINS` of `_BINS` bins, so the two
+# must differ: ONNX Runtime's default of 128 for both leaves one threshold, the largest value. 2048
+# bins let it clip to a sixteenth, as in Migacz, "8-bit Inference with TensorRT" (GTC 2017).
 _BINS = 2048
 _QUANTIZED_BINS = 128
 

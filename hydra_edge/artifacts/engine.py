@@ -136,12 +136,7 @@ class Engine:
                 for index, tensor in enumerate(arrays):
                     members[f"golden/{name}/{side}/{index}.npy"] = _to_npy(arrays[tensor])
         manifest = json.dumps(self._manifest(members), indent=1, sort_keys=True).encode()
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-            for member, data in [(MANIFEST, manifest), *sorted(members.items())]:
-                archive.writestr(zipfile.ZipInfo(member, _EPOCH), data)
-            archive.comment = sha256(manifest).encode()
-        return buffer.getvalue()
+        return _to_zip({MANIFEST: manifest, **dict(sorted(members.items()))})
 
     def save(self, path: str | Path) -> Path:
         """Write the ``.hydra`` file, atomically."""
@@ -219,6 +214,9 @@ class _Reader:
                 members = {info.filename: archive.read(info) for info in infos}
                 if archive.comment != sha256(members[MANIFEST]).encode():
                     self.refuse("Its manifest was changed after it was written.")
+                # A zip may begin and end with anything; ours is exactly its members.
+                if _to_zip(members) != data:
+                    self.refuse("It holds more than its members, or was not written by hydra-edge.")
                 return members
         except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as exc:
             self.refuse(f"It is no zip file, or a part of it is missing or damaged: {exc}.")
@@ -324,6 +322,16 @@ def _list(value: object) -> list[str]:
     if not isinstance(value, list):
         raise TypeError(f"{value!r} is no list")
     return [str(item) for item in value]
+
+
+def _to_zip(members: Mapping[str, bytes]) -> bytes:
+    """The members uncompressed and in order, the manifest's digest as the comment."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for member, data in members.items():
+            archive.writestr(zipfile.ZipInfo(member, _EPOCH), data)
+        archive.comment = sha256(members[MANIFEST]).encode()
+    return buffer.getvalue()
 
 
 def _to_npy(array: Array) -> bytes:

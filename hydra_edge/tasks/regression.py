@@ -31,7 +31,17 @@ class Regression:
     vector_outputs: tuple[str, ...] = GAUSSIAN_OUTPUTS
 
     def width(self, channels: int) -> int:
-        """D, the size of the last axis of every output: half of the heads' channels."""
+        """D, the size of the last axis of every output: half of the heads' channels.
+
+        Raises:
+            InputError: The number of channels is odd.
+        """
+        if channels % 2:
+            raise InputError(
+                f"The heads have {channels} outputs.",
+                "A regression head gives a mean and a log variance for each quantity.",
+                "Give heads 2 · D outputs: first the means, then the log variances.",
+            )
         return channels // 2
 
     def summarize(self, logits: npt.ArrayLike) -> dict[str, Float]:

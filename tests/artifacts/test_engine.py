@@ -383,3 +383,11 @@ def test_spec_axes_keep_names_and_sizes(tmp_path: Path) -> None:
     odd = replace(program, inputs=(TensorSpec("x", "float32", ("3", 3, "?")),))
     again = read(tmp_path, replace(ENGINE, programs={"main": odd}).to_bytes())
     assert again.programs["main"].inputs == odd.inputs
+
+
+@pytest.mark.parametrize("change", [lambda data: data + b"xx", lambda data: b"xx" + data])
+def test_nothing_may_stand_around_the_content(
+    tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    with pytest.raises(ArtifactError, match=r"more than its members|missing or damaged"):
+        read(tmp_path, change(with_golden({"y": np.zeros(3, np.float32)}).to_bytes()))

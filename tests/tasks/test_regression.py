@@ -168,3 +168,9 @@ def test_losses_refuse_what_has_no_meaning() -> None:
             loss(params, 2.0)
         with pytest.raises(InputError, match=r"outputs have shape \[2, 3, 3\].*log variance"):
             loss(params[..., :3], 1.0)
+
+
+def test_an_odd_number_of_outputs_is_refused() -> None:
+    assert TASK.width(6) == 3
+    with pytest.raises(InputError, match="The heads have 5 outputs"):
+        TASK.width(5)
