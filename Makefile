@@ -22,7 +22,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 demo: $(READY)
 	$(BIN)/hydra-edge demo --output demo
