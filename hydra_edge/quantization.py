@@ -32,7 +32,7 @@ from onnxruntime.quantization import (
 )
 from rich.progress import Progress
 
-from hydra_edge import branches, ops, surgery
+from hydra_edge import anatomy, ops, surgery
 from hydra_edge.artifacts.arrays import any_batch, check_arrays, load_dataset, to_numpy
 from hydra_edge.artifacts.files import sha256
 from hydra_edge.artifacts.graph import Graph, TensorSpec
@@ -375,7 +375,7 @@ def _nodes_in(
 
 def _heads(model: onnx.ModelProto) -> set[str]:
     """Names of the nodes in heads; a graph without any has one precision only."""
-    found = branches.head_nodes(surgery.open_model(model))
+    found = anatomy.head_nodes(surgery.open_model(model))
     if not found:
         raise QuantizationError(
             "The graph has no heads to tell from its body.",

@@ -21,7 +21,7 @@ from onnx_models import (
     student,
 )
 
-from hydra_edge import branches, surgery
+from hydra_edge import anatomy, surgery
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import ArtifactError, HydraError, InputError, QuantizationError
@@ -35,7 +35,7 @@ X = np.random.default_rng(7).standard_normal((70, 6)).astype(np.float32)
 def matmul_precisions(graph: Graph) -> dict[str, str]:
     """What every Gemm, MatMul and Conv computes in, with ``body`` and ``heads`` told apart."""
     surgeon = surgery.open_model(graph.model)
-    heads = branches.head_nodes(surgeon)
+    heads = anatomy.head_nodes(surgeon)
     found: dict[str, set[str]] = {"body": set(), "heads": set()}
     for node in surgeon.nodes:
         if node.op in branches.MATMULS:
