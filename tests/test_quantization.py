@@ -21,7 +21,7 @@ from onnx_models import (
     student,
 )
 
-from hydra_edge import anatomy, surgery
+from hydra_edge import anatomy, branches, surgery
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import ArtifactError, HydraError, InputError, QuantizationError
