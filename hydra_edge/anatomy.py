@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from hydra_edge.branches import MATMULS, is_computed
+from hydra_edge.branches import MATMULS
+from hydra_edge.joins import is_computed
 
 _WEIGHTED = (*MATMULS, "ConvTranspose", "Einsum", "GRU", "LSTM", "RNN")
 

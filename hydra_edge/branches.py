@@ -3,20 +3,33 @@
 The M tensors that meet are walked backwards in lockstep. Where all M are one tensor, the branches
 leave it; where all M are constants of one shape, they are weights; where all M come from nodes that
 agree in operator and attributes, the walk goes on through their inputs. Anything else ends it with
-a reason. The result is one tree for all M branches, found in time linear in M.
+a reason. The result is one tree for all M branches, found in time linear in M. Branches of several
+structures that meet in one place are told apart first, so that equal ones still find each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from hydra_edge import ops
+from hydra_edge import joins
+from hydra_edge.folding import Folder
+from hydra_edge.joins import Join
 
-MATMULS = ("Gemm", "MatMul", "Conv")
+MATMULS = ("Gemm", "MatMul", "Conv", "ConvTranspose", "Einsum")
+
+# Why branches are left alone, for programs; a sentence for people stands beside it.
+STRUCTURE, SHAPES, USED, OPERATOR, CONTROL_FLOW, UNKNOWN = (
+    "different-structure",
+    "different-shapes",
+    "used-elsewhere",
+    "no-stacked-form",
+    "control-flow",
+    "unknown-shape",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,38 +48,29 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """M nodes of the same operator and attributes; an absent optional input is None."""
+    """M nodes of the same operator and attributes; an absent optional input is None.
+
+    ``output`` is what branch 0 reads of its node, and ``position`` which of the node's outputs.
+    """
 
     nodes: tuple[gs.Node, ...]
     inputs: tuple[Shared | Weights | Step | None, ...]
     output: gs.Tensor
+    position: int = 0
 
     @property
     def op(self) -> str:
         """The operator."""
         return str(self.nodes[0].op)
 
+    @property
+    def attrs(self) -> Mapping[str, object]:
+        """The attributes all nodes have."""
+        attrs: Mapping[str, object] = self.nodes[0].attrs
+        return attrs
+
 
 Value = Shared | Weights | Step
-
-
-@dataclass(frozen=True, eq=False)
-class Join:
-    """Where the branches meet.
-
-    Attributes:
-        kind: ``"stack"`` (Unsqueeze + Concat), ``"concat"``, or ``"outputs"`` (M graph outputs).
-        axis: The axis of the result along which the branches lie; 0 for ``"outputs"``.
-        tensors: The M tensors that meet.
-        nodes: The nodes that join them.
-        results: What leaves the join: one tensor, or the M outputs.
-    """
-
-    kind: str
-    axis: int
-    tensors: tuple[gs.Tensor, ...]
-    nodes: tuple[gs.Node, ...]
-    results: tuple[gs.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +82,14 @@ class Branches:
         value: The root of the tree, or None when the branches differ.
         steps: All steps of the tree in topological order.
         problem: Why the branches cannot be treated as one; empty when they can.
+        code: The same for programs.
     """
 
     join: Join
     value: Step | None
     steps: tuple[Step, ...] = ()
     problem: str = ""
+    code: str = ""
 
     @property
     def heads(self) -> int:
@@ -100,70 +106,108 @@ class Branches:
 
 
 class _MismatchError(Exception):
-    pass
+    def __init__(self, problem: str, code: str = STRUCTURE) -> None:
+        super().__init__(problem)
+        self.code = code
 
 
 def find(graph: gs.Graph) -> list[Branches]:
-    """All candidates in ``graph``, in topological order of their joins.
+    """All candidates in ``graph``: outer ones before those inside them, otherwise last ones first.
 
     Joins of constants, of shape arithmetic and of single branches are no candidates.
     """
-    return [branches for join in _joins(graph) if (branches := _examine(graph, join)) is not None]
+    folder = Folder(graph)
+    kinds = _structures(graph, folder)
+    return [
+        branches
+        for join in joins.find(graph)
+        for branches in _candidates(graph, join, folder, kinds)
+    ]
 
 
-def _examine(graph: gs.Graph, join: Join) -> Branches | None:
+def _candidates(
+    graph: gs.Graph, join: Join, folder: Folder, kinds: Mapping[int, int]
+) -> Iterator[Branches]:
+    """The groups of equal branches in a join, and what is left over, with the reason."""
+    groups: dict[int, list[int]] = {}
+    for index, tensor in enumerate(join.tensors):
+        groups.setdefault(kinds[id(tensor)], []).append(index)
+    sizes = [len(group) for group in groups.values()]
+    if join.is_reduction:  # every residual connection is one: no reason is worth giving
+        largest = max(groups.values(), key=len)
+        rest = len(largest) < len(join.tensors) or join.rest
+        if len(largest) > 1 and not (join.kind == "Mean" and rest):
+            found = _examine(graph, join.part(largest), folder)
+            yield from (found,) if found is not None and not found.problem else ()
+        return
+    if len(groups) == 1 or max(sizes) == 1:
+        found = _examine(graph, join, folder)
+        yield from (found,) if found is not None else ()
+        return
+    for group in groups.values():
+        if len(group) > 1 and (found := _examine(graph, join.part(group), folder)) is not None:
+            yield found
+    left = join.part([index for group in groups.values() if len(group) == 1 for index in group])
+    if left.tensors:
+        problem, code = _difference(join, folder)
+        yield Branches(left, None, problem=problem, code=code)
+
+
+def _difference(join: Join, folder: Folder) -> tuple[str, str]:
     try:
-        value, steps = _align(join.tensors)
+        _align(join.tensors, folder)
     except _MismatchError as exc:
-        return Branches(join, None, problem=str(exc))
+        return str(exc), exc.code
+    return "the branches differ in what they share", STRUCTURE  # pragma: no cover
+
+
+def _examine(graph: gs.Graph, join: Join, folder: Folder) -> Branches | None:
+    try:
+        value, steps = _align(join.tensors, folder)
+    except _MismatchError as exc:
+        return Branches(join, None, problem=str(exc), code=exc.code)
     if not isinstance(value, Step) or not any(step.op in MATMULS for step in steps):
         return None
     branches = Branches(join, value, steps)
-    return Branches(join, value, steps, _escape(graph, branches))
+    problem = _escape(graph, branches, folder)
+    if problem and join.kind != "tensors":
+        apart = Branches(join.apart(), value, steps)
+        if not _escape(graph, apart, folder):
+            return apart
+    return Branches(join, value, steps, problem, USED if problem else "")
 
 
-def _joins(graph: gs.Graph) -> Iterator[Join]:
+def _structures(graph: gs.Graph, folder: Folder) -> dict[int, int]:
+    """A number for every computed tensor; equal numbers mean equal structure down to the inputs."""
+    numbers: dict[tuple[object, ...], int] = {}
+    found: dict[int, int] = {}
+
+    def number(*key: object) -> int:
+        return numbers.setdefault(key, len(numbers))
+
+    def of(tensor: gs.Tensor) -> int:
+        constant = folder.constant(tensor)
+        if constant is not None:
+            return number("constant", str(constant.dtype), tuple(constant.shape))
+        return found[id(tensor)] if id(tensor) in found else number("tensor", id(tensor))
+
     for node in graph.nodes:
-        if node.op == "Concat" and len(node.inputs) > 1:
-            join = _stack(node) or Join(
-                "concat", int(node.attrs["axis"]), tuple(node.inputs), (node,), (node.outputs[0],)
-            )
-            if all(is_computed(tensor) for tensor in join.tensors):
-                yield join
-    alike: dict[tuple[object, ...], list[gs.Tensor]] = {}
-    for tensor in graph.outputs:
-        if is_computed(tensor) and tensor.inputs[0].domain != ops.DOMAIN:
-            key = (tensor.inputs[0].op, str(tensor.dtype), str(tensor.shape))
-            alike.setdefault(key, []).append(tensor)
-    for tensors in alike.values():
-        if len(tensors) > 1:
-            yield Join("outputs", 0, tuple(tensors), (), tuple(tensors))
+        inputs = tuple(None if tensor.is_empty() else of(tensor) for tensor in node.inputs)
+        attrs = tuple(sorted((name, _text(value)) for name, value in node.attrs.items()))
+        kind = (node.op, node.domain, attrs, inputs)
+        for position, tensor in enumerate(node.outputs):
+            found[id(tensor)] = number(*kind, position)
+    return found
 
 
-def _stack(concat: gs.Node) -> Join | None:
-    """The join when every input of ``concat`` is an Unsqueeze along the concatenated axis."""
-    parts = [tensor.inputs[0] for tensor in concat.inputs if tensor.inputs]
-    if len(parts) != len(concat.inputs) or any(part.op != "Unsqueeze" for part in parts):
-        return None
-    axis = int(concat.attrs["axis"])
-    for part in parts:
-        axes = part.inputs[1] if len(part.inputs) > 1 else None
-        if not isinstance(axes, gs.Constant) or len(part.outputs[0].outputs) != 1:
-            return None
-        if [int(a) for a in np.atleast_1d(axes.values)] != [axis]:
-            return None
-    tensors = tuple(part.inputs[0] for part in parts)
-    return Join("stack", axis, tensors, (*parts, concat), (concat.outputs[0],))
+def _text(value: object) -> str:
+    """An attribute as text that is equal for equal attributes; graphs equal only themselves."""
+    if isinstance(value, gs.Constant):
+        return f"{value.dtype} {value.shape} {np.asarray(value.values).tobytes().hex()}"
+    return f"{type(value).__name__} {id(value) if isinstance(value, gs.Graph) else value!r}"
 
 
-def is_computed(tensor: gs.Tensor) -> bool:
-    """Whether a node computes ``tensor`` and it is not shape arithmetic."""
-    if isinstance(tensor, gs.Constant) or not tensor.inputs:
-        return False
-    return tensor.dtype is None or not np.issubdtype(np.dtype(tensor.dtype), np.integer)
-
-
-def _align(root: tuple[gs.Tensor, ...]) -> tuple[Value, tuple[Step, ...]]:
+def _align(root: tuple[gs.Tensor, ...], folder: Folder) -> tuple[Value, tuple[Step, ...]]:
     """Walk backwards from ``root`` in lockstep; depth first, without recursion (models are deep).
 
     Returns:
@@ -178,37 +222,44 @@ def _align(root: tuple[gs.Tensor, ...]) -> tuple[Value, tuple[Step, ...]]:
         if key in seen:
             pending.pop()
             continue
-        leaf = _leaf(tensors)
+        leaf = _leaf(tensors, folder)
         if leaf is not None:
             seen[key] = leaf
             continue
-        nodes = _matching_nodes(tensors)
+        nodes = _matching_nodes(tensors, folder)
         groups = _matching_inputs(nodes)
         missing = [group for group in groups if group and tuple(map(id, group)) not in seen]
         if missing:
             pending.extend(reversed(missing))
             continue
         inputs = tuple(seen[tuple(map(id, group))] if group else None for group in groups)
-        step = Step(nodes, inputs, tensors[0])
+        step = Step(nodes, inputs, tensors[0], _position(nodes[0], tensors[0]))
         seen[key] = step
         steps.append(step)
     return seen[tuple(map(id, root))], tuple(steps)
 
 
-def _leaf(tensors: tuple[gs.Tensor, ...]) -> Shared | Weights | None:
+def _leaf(tensors: tuple[gs.Tensor, ...], folder: Folder) -> Shared | Weights | None:
     first = tensors[0]
     if all(tensor is first for tensor in tensors):
-        return Shared(first)
-    if any(isinstance(tensor, gs.Constant) for tensor in tensors):
-        return _align_constants(tensors)
-    return None
+        constant = folder.constant(first)
+        if constant is not None:
+            return Shared(constant)
+        return None if folder.is_derived(first) else Shared(first)
+    constants = [folder.constant(tensor) for tensor in tensors]
+    return None if all(c is None for c in constants) else _align_constants(constants)
 
 
-def _matching_nodes(tensors: tuple[gs.Tensor, ...]) -> tuple[gs.Node, ...]:
+def _matching_nodes(tensors: tuple[gs.Tensor, ...], folder: Folder) -> tuple[gs.Node, ...]:
     """The nodes that compute ``tensors``, all of one operator with the same attributes."""
     for index, tensor in enumerate(tensors):
         if not tensor.inputs:
             raise _MismatchError(f"branch {index} starts at the graph input '{tensor.name}'")
+        if any(isinstance(value, gs.Graph) for value in tensor.inputs[0].attrs.values()):
+            raise _MismatchError(
+                f"branch {index} holds the control flow operator {tensor.inputs[0].op}",
+                CONTROL_FLOW,
+            )
     nodes = tuple(tensor.inputs[0] for tensor in tensors)
     lead = nodes[0]
     for index, (node, tensor) in enumerate(zip(nodes, tensors, strict=True)):
@@ -222,7 +273,9 @@ def _matching_nodes(tensors: tuple[gs.Tensor, ...]) -> tuple[gs.Node, ...]:
             raise _MismatchError(f"branch {index} has a {node.op} with other inputs than branch 0")
         if _position(node, tensor) != _position(lead, tensors[0]):
             raise _MismatchError(f"branch {index} uses another output of {node.op} than branch 0")
-    if len({id(node) for node in nodes}) < len(nodes):
+    # One dequantized weight may serve several branches.
+    shared = len({id(node) for node in nodes}) < len(nodes)
+    if shared and not all(folder.is_derived(tensor) for tensor in tensors):
         raise _MismatchError(f"two branches share one {lead.op}")
     return nodes
 
@@ -239,17 +292,19 @@ def _matching_inputs(nodes: tuple[gs.Node, ...]) -> list[tuple[gs.Tensor, ...]]:
     return groups
 
 
-def _align_constants(tensors: tuple[gs.Tensor, ...]) -> Weights:
+def _align_constants(found: list[gs.Constant | None]) -> Weights:
     constants = []
-    for index, tensor in enumerate(tensors):
-        if not isinstance(tensor, gs.Constant):
+    first = next(constant for constant in found if constant is not None)
+    for index, tensor in enumerate(found):
+        if tensor is None:
             raise _MismatchError(
                 f"branch {index} computes a value that is a constant in another branch"
             )
-        if tuple(tensor.shape) != tuple(tensors[0].shape) or tensor.dtype != tensors[0].dtype:
+        if tuple(tensor.shape) != tuple(first.shape) or tensor.dtype != first.dtype:
             raise _MismatchError(
                 f"branch {index} has a weight {list(tensor.shape)} {tensor.dtype} where branch 0 "
-                f"has {list(tensors[0].shape)} {tensors[0].dtype}"
+                f"has {list(first.shape)} {first.dtype}",
+                SHAPES,
             )
         constants.append(tensor)
     return Weights(tuple(constants))
@@ -259,7 +314,7 @@ def _same_attributes(node: gs.Node, lead: gs.Node) -> bool:
     if set(node.attrs) != set(lead.attrs):
         return False
     return all(
-        not isinstance(value, gs.Graph) and np.array_equal(value, node.attrs[name])
+        value is node.attrs[name] or _text(value) == _text(node.attrs[name])
         for name, value in lead.attrs.items()
     )
 
@@ -268,9 +323,9 @@ def _position(node: gs.Node, tensor: gs.Tensor) -> int:
     return next(index for index, output in enumerate(node.outputs) if output is tensor)
 
 
-def _escape(graph: gs.Graph, branches: Branches) -> str:
+def _escape(graph: gs.Graph, branches: Branches, folder: Folder) -> str:
     """Why an inner value is needed outside the branches, or an empty string."""
-    steps = branches.steps
+    steps = [step for step in branches.steps if not folder.is_derived(step.output)]
     inside = {id(node) for step in steps for node in step.nodes}
     inside |= {id(node) for node in branches.join.nodes}
     results = {id(tensor) for tensor in branches.join.results}

@@ -6,23 +6,29 @@ result takes the place of the branches, and is compared with its source before i
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from hydra_edge import branches, equivalence, surgery
+from hydra_edge import branches, equivalence, joins, surgery
 from hydra_edge.artifacts.graph import FusionGroup, Graph
-from hydra_edge.branches import Branches
+from hydra_edge.branches import MATMULS, Branches, Shared, Step, Weights
 from hydra_edge.errors import FusionError, InputError
-from hydra_edge.stacking import Emitted, Stacker, UnsupportedError
+from hydra_edge.stacking import RULES
+from hydra_edge.stacking.stacker import CHANNELS, Emitted, Size, Stacker, UnsupportedError
+
+# Fusing may bring equal branches together that were hidden one level down. Every round takes one
+# level of nesting; no network has more than a few.
+_ROUNDS = 8
 
 
 def fuse(graph: Graph) -> Graph:
-    """Fuse every set of parallel heads whose operators have a stacked form.
+    """Fuse every set of parallel branches whose operators have a stacked form.
 
     Args:
-        graph: Any graph; heads may be plain or behind symmetric int8 Q/DQ.
+        graph: Any graph; heads may be plain or behind Q/DQ of any producer.
 
     Returns:
         A graph with the same inputs and outputs. Its ``fusion`` says what was fused, and what was
@@ -32,66 +38,155 @@ def fuse(graph: Graph) -> Graph:
         FusionError: The result differs from ``graph``, or could not be compared with it.
     """
     surgeon = surgery.open_model(graph.model)
-    groups = [_fuse_one(surgeon, candidate) for candidate in branches.find(surgeon)]
-    if not any(group.fused for group in groups):
+    done: list[FusionGroup] = []
+    for _ in range(_ROUNDS):
+        groups = _round(surgeon)
+        fused = [group for group in groups if group.fused]
+        done += fused
+        if not fused:
+            break
+    left = [group for group in groups if not group.fused]
+    if not done:
         if graph.metadata.fusion is not None:
             return graph
-        return Graph(graph.model, replace(graph.metadata, fusion=tuple(groups)))
+        return Graph(graph.model, replace(graph.metadata, fusion=tuple(left)))
     earlier = tuple(group for group in graph.fusion if group.fused)
     model = surgery.close_model(surgeon, like=graph.model)
-    fused = graph.derive(model, "fuse", fusion=(*earlier, *groups))
-    _check(fused, graph)
-    return fused
+    result = graph.derive(model, "fuse", fusion=(*earlier, *done, *left))
+    _check(result, graph)
+    return result
+
+
+def explain(graph: Graph) -> tuple[FusionGroup, ...]:
+    """What `fuse` would do, without building or checking the result."""
+    return tuple(_round(surgery.open_model(graph.model)))
+
+
+def _round(surgeon: gs.Graph) -> list[FusionGroup]:
+    """Fuse what can be; inner joins of branches that were fused are gone and not reported."""
+    groups = []
+    consumed: set[int] = set()
+    for candidate in branches.find(surgeon):
+        nodes = {id(node) for step in candidate.steps for node in step.nodes}
+        if nodes & consumed or any(id(n) in consumed for n in candidate.join.nodes):
+            continue
+        group = _fuse_one(surgeon, candidate)
+        if group.fused:
+            consumed |= nodes | {id(node) for node in candidate.join.nodes}
+        elif candidate.join.is_reduction:
+            continue
+        groups.append(group)
+    surgeon.cleanup(remove_unused_graph_inputs=False).toposort()
+    return groups[::-1]
 
 
 def _fuse_one(surgeon: gs.Graph, candidate: Branches) -> FusionGroup:
-    problem = candidate.problem
+    problem, code = candidate.problem, candidate.code
     if not problem:
-        stacker = Stacker(candidate, surgery.fresh_name(surgeon, "hydra"))
+        prefix = surgery.fresh_name(surgeon, "hydra")
+        stacker = Stacker(candidate, prefix, RULES, int(surgeon.opset))
         try:
             _replace(surgeon, candidate, stacker, _join(candidate, stacker, stacker.result()))
-        except UnsupportedError as exc:  # raised before the graph was touched
-            problem = str(exc)
+        except UnsupportedError as exc:
+            stacker.discard()
+            problem, code = str(exc), exc.code
+    flops, weight_bytes = _cost(candidate)
     return FusionGroup(
         source=candidate.source(),
         heads=candidate.heads,
         ops=tuple(step.op for step in candidate.steps),
         fused=not problem,
         reason=problem,
+        code=code,
+        join=candidate.join.kind.lower(),
+        members=candidate.join.indices,
+        flops_per_sample=flops,
+        weight_bytes=weight_bytes,
     )
 
 
+def _cost(candidate: Branches) -> tuple[int, int]:
+    """Multiply-adds count two, at batch 1 and with unknown sizes as 1; weights as they are stored."""
+    flops, stored = 0, {}
+    for step in candidate.steps:
+        for value in step.inputs:
+            if isinstance(value, Weights):
+                stored |= {id(tensor): tensor for tensor in value.tensors}
+            elif isinstance(value, Shared) and isinstance(value.tensor, gs.Constant):
+                stored[id(value.tensor)] = value.tensor
+        if step.op in MATMULS:
+            flops += 2 * candidate.heads * _multiply_adds(step)
+    return flops, sum(tensor_bytes(tensor) for tensor in stored.values())
+
+
+def _multiply_adds(step: Step) -> int:
+    def sizes(tensor: gs.Tensor) -> list[int]:
+        return [size if isinstance(size, int) else 1 for size in tensor.shape or ()]
+
+    output, weight = sizes(step.output), sizes(step.nodes[0].inputs[1])
+    if step.op in ("Conv", "ConvTranspose"):
+        spread = output if step.op == "Conv" else sizes(step.nodes[0].inputs[0])
+        return math.prod(spread) * math.prod(weight[1:])
+    if step.op == "Einsum" or len(weight) < 2:
+        return math.prod(output)
+    return math.prod(output) * weight[-1 if step.attrs.get("transB", 0) else -2]
+
+
+def tensor_bytes(tensor: gs.Constant) -> int:
+    """Bytes of a constant; types that numpy lacks have one or two."""
+    dtype = tensor.dtype
+    itemsize = 2 if isinstance(dtype, int) else np.dtype(dtype).itemsize
+    return int(math.prod(tensor.shape)) * itemsize
+
+
 def _join(candidate: Branches, stacker: Stacker, value: Emitted) -> list[gs.Tensor]:
-    """What replaces the results of the join, made from the stacked value ``[M, ...]``."""
-    join, x = candidate.join, value.tensor
-    if join.kind == "outputs":
-        return [
-            stacker.node(
-                "Gather",
-                [x, stacker.constant(np.asarray(head, np.int64))],
-                tensor.dtype,
-                tensor.shape,
-                {"axis": 0},
-            )
-            for head, tensor in enumerate(join.results)
-        ]
+    """What replaces the results of the join, made from the value of all branches."""
+    join, heads = candidate.join, stacker.heads_count
+    if join.kind == "tensors":
+        return _apart(candidate, stacker, value)
     result = join.results[0]
-    rank = value.rank + 1 if join.kind == "stack" else value.rank
-    axis = join.axis % rank
+    axis = join.axis % (value.rank + (join.kind == "stack"))
+    if join.is_reduction:
+        x = stacker.heads(value, always=True)
+        axes = stacker.constant(np.asarray([0], np.int64))
+        op = joins.REDUCTIONS[join.kind]
+        y = stacker.node(op, [x.tensor, axes], result.dtype, value.shape, keepdims=0)
+        if join.rest:
+            op = "Add" if join.kind == "Sum" else join.kind
+            for other in join.rest:
+                y = stacker.node(op, [y, other], result.dtype, result.shape)
+        return [y]
+    if join.kind == "concat" and axis == 1 and value.layout == CHANNELS:
+        return [value.tensor]
+    x = stacker.heads(value, always=True).tensor
     if axis:
         order = [*range(1, axis + 1), 0, *range(axis + 1, value.rank + 1)]
-        x = stacker.node("Transpose", [x], result.dtype, None, {"perm": order})
+        x = stacker.transpose(x, order)
     if join.kind == "concat":
-        if result.shape is None:
-            raise UnsupportedError("the branches are concatenated to an unknown shape")
-        shape = list(result.shape)
-        # 0 copies a size from the input, which has the same axes up to the one that is merged.
-        rest = [size if isinstance(size, int) else -1 for size in shape[axis:]]
-        if rest.count(-1) > 1:
-            raise UnsupportedError("the branches are concatenated before an axis of unknown size")
-        target = np.asarray([0] * axis + rest, np.int64)
-        x = stacker.node("Reshape", [x, stacker.constant(target)], result.dtype, shape, {})
+        width = value.shape[axis]
+        dims: list[int | Size] = [Size(x, index) for index in range(axis)]
+        dims.append(heads * width if isinstance(width, int) else -1)
+        dims += [Size(x, index + 1) for index in range(axis + 1, value.rank)]
+        x = stacker.reshape(x, dims)
+    if not x.inputs or x.inputs[0] not in stacker.nodes:
+        x = stacker.node("Identity", [x], result.dtype, result.shape)
     return [x]
+
+
+def _apart(candidate: Branches, stacker: Stacker, value: Emitted) -> list[gs.Tensor]:
+    """Every branch's value as a tensor of its own."""
+    results = candidate.join.results
+    x = stacker.heads(value, always=True).tensor
+    return [
+        stacker.node(
+            "Gather",
+            [x, stacker.constant(np.asarray(head, np.int64))],
+            tensor.dtype,
+            tensor.shape,
+            axis=0,
+        )
+        for head, tensor in enumerate(results)
+    ]
 
 
 def _replace(
@@ -103,7 +198,7 @@ def _replace(
         old.inputs.clear()
         producer = new.inputs[0]
         readers = [node for node in new.outputs if node is not producer]
-        producer.outputs[0] = old
+        producer.outputs[producer.outputs.index(new)] = old
         for reader in readers:
             reader.inputs = [old if tensor is new else tensor for tensor in reader.inputs]
 

@@ -19,11 +19,12 @@ from onnx_models import (
     student,
 )
 
-from hydra_edge import stacking
+from hydra_edge import fusion, stacking
 from hydra_edge.artifacts.graph import Graph
+from hydra_edge.branches import Step
 from hydra_edge.errors import FusionError, GraphError
 from hydra_edge.fusion import fuse
-from hydra_edge.stacking import Emitted, Stacker
+from hydra_edge.stacking.stacker import Emitted, Stacker
 
 # near misses
 
@@ -235,26 +236,26 @@ def test_fused_file_is_valid_onnx(tmp_path: Path) -> None:
 def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads in another order: the smallest lie a rule can tell."""
 
-    def swapped(stacker: Stacker, step: stacking.Step) -> Emitted:
-        right = stacking._gemm(stacker, step)
+    def swapped(stacker: Stacker, step: Step) -> Emitted:
+        right = stacking.RULES["Gemm"](stacker, step)
         stacker.nodes[-1].inputs[1] = stacker.constant(stacker.nodes[-1].inputs[1].values[::-1])
         return right
 
-    monkeypatch.setattr(stacking, "RULES", {**stacking.RULES, "Gemm": swapped})
+    monkeypatch.setattr(fusion, "RULES", {**stacking.RULES, "Gemm": swapped})
     graph = student()
     with pytest.raises(FusionError, match=r"differs from its source by .* on 'head_logits'"):
         fuse(graph)
 
 
 def test_one_slightly_wrong_head_among_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def off(stacker: Stacker, step: stacking.Step) -> Emitted:
-        right = stacking._gemm(stacker, step)
+    def off(stacker: Stacker, step: Step) -> Emitted:
+        right = stacking.RULES["Gemm"](stacker, step)
         values = stacker.nodes[-1].inputs[1].values.copy()
         values[7] *= 1.001
         stacker.nodes[-1].inputs[1] = stacker.constant(values)
         return right
 
-    monkeypatch.setattr(stacking, "RULES", {**stacking.RULES, "Gemm": off})
+    monkeypatch.setattr(fusion, "RULES", {**stacking.RULES, "Gemm": off})
     with pytest.raises(FusionError):
         fuse(mlp_heads(m=50, hidden=()))
 

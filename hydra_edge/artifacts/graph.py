@@ -70,7 +70,12 @@ class FusionGroup:
         heads: M, the number of branches.
         ops: The operators of one branch, first to last.
         fused: Whether the branches became grouped ops.
-        reason: Why not; empty when fused.
+        reason: Why not, for people; empty when fused.
+        code: Why not, for programs: see `hydra_edge.branches`.
+        join: How they meet: stack, concat, sum, mean, max, min, or tensors (each on its own).
+        members: Which of all that meet there the M are.
+        flops_per_sample: Two per multiply-add of all M, at batch 1.
+        weight_bytes: Bytes of the weights of all M.
     """
 
     source: str
@@ -78,6 +83,11 @@ class FusionGroup:
     ops: tuple[str, ...]
     fused: bool
     reason: str = ""
+    code: str = ""
+    join: str = ""
+    members: tuple[int, ...] = ()
+    flops_per_sample: int = 0
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,14 @@ class Metadata:
             data["provenance"] = tuple(str(step) for step in data["provenance"])
             if data["fusion"] is not None:
                 data["fusion"] = tuple(
-                    FusionGroup(**{**group, "ops": tuple(group["ops"])}) for group in data["fusion"]
+                    FusionGroup(
+                        **{
+                            **group,
+                            "ops": tuple(group["ops"]),
+                            "members": tuple(group.get("members", ())),
+                        }
+                    )
+                    for group in data["fusion"]
                 )
             return cls(**data)
         except HydraError:

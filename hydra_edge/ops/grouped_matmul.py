@@ -1,14 +1,18 @@
-"""`GroupedMatMul` and `QuantizedGroupedMatMul`: one layer of all M heads at once.
+"""One layer of all M heads at once: in floats, in integers, or with weights stored in few bits.
 
-    GroupedMatMul           y[m] = x[m] @ weight[m] + bias[m]
-    QuantizedGroupedMatMul  y[m] = (q(x[m]) @ weight[m]) * x_scale[m] * weight_scale[m] + bias[m]
-                            q(x) = clip(round_half_even(x / x_scale), -128, 127)
+    GroupedMatMul            y[m] = x[m] @ weight[m] + bias[m]
+    QuantizedGroupedMatMul   y[m] = (q(x[m]) @ weight[m]) * x_scale[m] * weight_scale[m] + bias[m]
+                             q(x) = clip(round_half_even(x / x_scale), -128, 127)
+    WeightOnlyGroupedMatMul  y[m] = x[m] @ w[m] + bias[m]
+                             w[m,k,n] = (weight[m,k,n] - zero[m,k//block,n]) * scale[m,k//block,n]
 
     x             [B, K] shared by all heads, or [M, B, K]
-    weight        [M, K, N]   float, or int8 with zero point 0
+    weight        [M, K, N]   float; int8 with zero point 0; or int8, int4, uint4, float8
     bias          [M, 1, N]
-    weight_scale  [M, 1, N]   per head and output column
+    weight_scale  [M, 1, N]   per head and output column; [M, ceil(K / block), N] for weight-only
     x_scale       [] for all heads, or [M, 1, 1]
+    weight_zero_point         like weight_scale, or [1, 1, 1]; a float
+    block         [K] when one scale serves a whole column
     y             [M, B, N]
 
 A 2-D ``x`` broadcasts against ``weight``, so the bodies need no case for it.
@@ -42,6 +46,31 @@ QuantizedGroupedMatMul (x, weight, bias, weight_scale, x_scale) => (y)
     y = Add (product, bias)
 }
 """,
+    "WeightOnlyGroupedMatMul": """
+WeightOnlyGroupedMatMul <block> (x, weight, bias, weight_scale, weight_zero_point) => (y)
+{
+    zero = Constant <value: tensor = int64 {0}> ()
+    one = Constant <value: tensor = int64 {1}> ()
+    first = Constant <value_ints: ints = [0]> ()
+    size = Constant <value_ints: ints = @block> ()
+    weight_rows = Shape <start: int = 1, end: int = 2> (weight)
+    scale_rows = Shape <start: int = 1, end: int = 2> (weight_scale)
+    zero_rows = Shape <start: int = 1, end: int = 2> (weight_zero_point)
+    length = Squeeze (weight_rows, first)
+    rows = Range (zero, length, one)
+    blocks = Div (rows, size)
+    scale_index = Mod (blocks, scale_rows)
+    zero_index = Mod (blocks, zero_rows)
+    scale = Gather <axis: int = 1> (weight_scale, scale_index)
+    zero_point = Gather <axis: int = 1> (weight_zero_point, zero_index)
+    stored = Cast <to: int = 1> (weight)
+    stored_like = CastLike (stored, weight_scale)
+    centred = Sub (stored_like, zero_point)
+    real = Mul (centred, scale)
+    product = MatMul (x, real)
+    y = Add (product, bias)
+}
+""",
 }
 
 
@@ -70,6 +99,22 @@ def reference_quantized(
     scale = np.asarray(x_scale, np.float64) * np.asarray(weight_scale, np.float64)
     product = (x_int @ weight.astype(np.int64)) * scale
     return np.asarray(product + np.asarray(bias, np.float64))
+
+
+def reference_weight_only(
+    x: npt.ArrayLike,
+    weight: npt.NDArray[np.generic],
+    bias: npt.ArrayLike,
+    weight_scale: npt.ArrayLike,
+    weight_zero_point: npt.ArrayLike,
+    block: int,
+) -> npt.NDArray[np.float64]:
+    """`WeightOnlyGroupedMatMul` in numpy float64; shapes as in the module's docstring."""
+    blocks = np.arange(weight.shape[1]) // block
+    scale, zero_point = (np.asarray(array, np.float64) for array in (weight_scale, weight_zero_point))
+    zero_rows = zero_point[:, blocks % zero_point.shape[1]]
+    real = (weight.astype(np.float64) - zero_rows) * scale[:, blocks]
+    return reference(x, real, bias)
 
 
 def quantize_weight(
