@@ -20,9 +20,15 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 Array = npt.NDArray[np.generic]
 
 _RANDOM = frozenset(
-    ["Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"]
-)  # fmt: skip
-# Standard operators that draw nothing and run no graph of their own may be computed ahead.
+    {
+        "Bernoulli",
+        "Multinomial",
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+    }
+)
 _DEQUANTIZE = "DequantizeLinear"
 
 

@@ -39,17 +39,19 @@ def fuse(graph: Graph) -> Graph:
     """
     surgeon = surgery.open_model(graph.model)
     done: list[FusionGroup] = []
-    for _ in range(_ROUNDS):
+    left: tuple[FusionGroup, ...] = ()
+    for index in range(_ROUNDS):
         groups = _round(surgeon)
         fused = [group for group in groups if group.fused]
         done += fused
+        if not index:  # later rounds see our own nodes, whose reasons mean nothing to anybody
+            left = tuple(group for group in groups if not group.fused)
         if not fused:
             break
-    left = [group for group in groups if not group.fused]
     if not done:
         if graph.metadata.fusion is not None:
             return graph
-        return Graph(graph.model, replace(graph.metadata, fusion=tuple(left)))
+        return Graph(graph.model, replace(graph.metadata, fusion=left))
     earlier = tuple(group for group in graph.fusion if group.fused)
     model = surgery.close_model(surgeon, like=graph.model)
     result = graph.derive(model, "fuse", fusion=(*earlier, *done, *left))
@@ -68,7 +70,8 @@ def _round(surgeon: gs.Graph) -> list[FusionGroup]:
     consumed: set[int] = set()
     for candidate in branches.find(surgeon):
         nodes = {id(node) for step in candidate.steps for node in step.nodes}
-        if nodes & consumed or any(id(n) in consumed for n in candidate.join.nodes):
+        ends = {id(node) for tensor in candidate.join.tensors for node in tensor.inputs}
+        if (nodes | ends) & consumed:
             continue
         group = _fuse_one(surgeon, candidate)
         if group.fused:
@@ -106,8 +109,9 @@ def _fuse_one(surgeon: gs.Graph, candidate: Branches) -> FusionGroup:
 
 
 def _cost(candidate: Branches) -> tuple[int, int]:
-    """Multiply-adds count two, at batch 1 and with unknown sizes as 1; weights as they are stored."""
-    flops, stored = 0, {}
+    """FLOPs at batch 1, other unknown sizes counting 1, and the bytes of the stored weights."""
+    flops = 0
+    stored: dict[int, gs.Constant] = {}
     for step in candidate.steps:
         for value in step.inputs:
             if isinstance(value, Weights):

@@ -18,8 +18,8 @@ class Join:
     """Where branches meet.
 
     Attributes:
-        kind: ``"stack"`` (Unsqueeze + Concat), ``"concat"``, a key of `REDUCTIONS`, or ``"tensors"``
-            when every branch end is needed on its own, like M graph outputs.
+        kind: ``"stack"`` (Unsqueeze + Concat), ``"concat"``, a key of `REDUCTIONS`, or
+            ``"tensors"`` when every branch end is needed on its own, like M graph outputs.
         axis: For stack and concat, the axis of the result along which the branches lie.
         tensors: The M tensors that meet.
         nodes: The nodes that join them, replaced together with the branches.

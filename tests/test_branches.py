@@ -23,7 +23,7 @@ def find(graph: Graph) -> list[branches.Branches]:
         ("concat0", "concat", 0),
         ("concat1", "concat", 1),
         ("concat-1", "concat", -1),
-        ("outputs", "outputs", 0),
+        ("outputs", "tensors", 0),
     ],
 )
 def test_joins(kind: str, found: str, axis: int) -> None:
@@ -103,7 +103,7 @@ def test_another_output_of_a_node_is_reported() -> None:
     assert candidate.problem == "branch 1 uses another output of Split than branch 0"
 
 
-def test_nested_joins_are_found_innermost_first() -> None:
+def test_nested_joins_are_found_outermost_first() -> None:
     """An ensemble of students: each has heads, and their means meet again."""
     net = Net()
     x = net.input("x", ("batch", 6))
@@ -114,4 +114,4 @@ def test_nested_joins_are_found_innermost_first() -> None:
         rows = [net.op("Unsqueeze", head, axes) for head in heads]
         means.append(net.op("ReduceMean", net.op("Concat", *rows, axis=0), axes, keepdims=0))
     graph = net.graph(join(net, means, 4))
-    assert [candidate.heads for candidate in find(graph)] == [3, 3, 2]
+    assert [candidate.heads for candidate in find(graph)] == [2, 3, 3]

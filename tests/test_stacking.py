@@ -10,12 +10,11 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnx_models import (
     Net,
     assert_fuses,
     assert_same,
-    assert_untouched,
     feeds_for,
     heads_of,
     join,
@@ -384,24 +383,33 @@ def quantized_heads(
     return net.graph(join(net, heads, 4))
 
 
-def test_quantized_by_hand_fuses() -> None:
-    assert_fuses(quantized_heads(), rtol=QUANTIZED)
+@pytest.mark.parametrize("options", [{}, {"w_dtype": np.uint8, "w_zero": 128}])
+def test_quantized_by_hand_fuses(options: dict[str, object]) -> None:
+    fused = assert_fuses(quantized_heads(**options), rtol=QUANTIZED)  # type: ignore[arg-type]
+    assert "QuantizedGroupedMatMul" in ops_of(fused)
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "dtype", "zero"),
     [
-        ({"x_zero": 3}, "QuantizeLinear has a zero point other than 0"),
-        ({"x_dtype": np.uint8}, "activations are quantized to uint8, not int8"),
-        ({"w_zero": 1}, "DequantizeLinear has a zero point other than 0"),
-        ({"w_dtype": np.uint8}, "weights are quantized to uint8, not int8"),
-        ({"axis": 0}, "weights are quantized per input feature"),
-        ({"quantize_x": False}, "weights are quantized but the activations are not"),
-        ({"back_scale": 0.06}, "Q and DQ of the activations have different scales"),
+        ({"x_zero": 3}, "int8", 0.0),
+        ({"x_dtype": np.uint8, "x_zero": 120}, "int8", 0.0),
+        ({"w_zero": 1}, "int8", 1.0),
+        ({"w_dtype": np.uint8}, "int8", -128.0),
+        ({"axis": 0}, "int8", 0.0),
+        ({"quantize_x": False}, "int8", 0.0),
+        ({"back_scale": 0.06}, "int8", 0.0),
     ],
 )
-def test_odd_quantization_stays(options: dict[str, object], reason: str) -> None:
-    assert_untouched(quantized_heads(**options), reason)  # type: ignore[arg-type]
+def test_odd_quantization_keeps_its_integers(
+    options: dict[str, object], dtype: str, zero: float
+) -> None:
+    """What the integer kernels do not take is multiplied in floats, from integer weights."""
+    fused = assert_fuses(quantized_heads(**options), rtol=1e-4)  # type: ignore[arg-type]
+    (node,) = [n for n in fused.model.graph.node if n.op_type == "WeightOnlyGroupedMatMul"]
+    constants = {t.name: numpy_helper.to_array(t) for t in fused.model.graph.initializer}
+    assert constants[node.input[1]].dtype == dtype
+    assert float(constants[node.input[4]].reshape(-1)[0]) == zero
 
 
 def test_one_shared_dequantized_bias() -> None:

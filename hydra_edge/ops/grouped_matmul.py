@@ -111,9 +111,10 @@ def reference_weight_only(
 ) -> npt.NDArray[np.float64]:
     """`WeightOnlyGroupedMatMul` in numpy float64; shapes as in the module's docstring."""
     blocks = np.arange(weight.shape[1]) // block
-    scale, zero_point = (np.asarray(array, np.float64) for array in (weight_scale, weight_zero_point))
-    zero_rows = zero_point[:, blocks % zero_point.shape[1]]
-    real = (weight.astype(np.float64) - zero_rows) * scale[:, blocks]
+    scale = np.asarray(weight_scale, np.float64)[:, blocks]
+    zero_point = np.asarray(weight_zero_point, np.float64)
+    zero_point = zero_point[:, blocks % zero_point.shape[1]]
+    real = (weight.astype(np.float64) - zero_point) * scale
     return reference(x, real, bias)
 
 

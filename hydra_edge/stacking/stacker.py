@@ -260,7 +260,7 @@ class Stacker:
         return self._as_channels[id(x.tensor)]
 
     def aligned(self, x: Emitted, rank: int) -> gs.Tensor:
-        """``x`` so that it broadcasts against tensors in the layout "heads" of ``rank`` + 1 axes."""
+        """``x`` so that it broadcasts against tensors of ``rank`` + 1 axes in layout "heads"."""
         x = self.heads(x)
         if not x.is_stacked or x.rank == rank:
             return x.tensor
