@@ -6,7 +6,8 @@ Three ways to run grouped heads without a kernel of our own; `compile` times the
     wide      a first layer, whose input all heads share, is one dense [K, M·N] matmul; then grouped
     separate  M small matmuls per layer, as before fusion: some runtimes prepack only those
 
-Integer matmuls stay integer in all three; `integer_path` does the same for convolutions.
+Weights stored in few bits become floats when the runtime loads them, unless their input is stored
+in integers too. Integer matmuls stay integer in all three; `integer_path` does the same for convolutions.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ def lower(graph: Graph, lowering: str) -> Graph:
     surgeon = surgery.open_model(graph.model)
     emitter = _Emitter(surgeon)
     for node in list(surgeon.nodes):
-        if node.op in ("GroupedMatMul", "QuantizedGroupedMatMul"):
-            x, weight = node.inputs[0], node.inputs[1]
-            shared = len(x.shape) == 2
+        if node.op in ("GroupedMatMul", "QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul"):
+            # What stands behind a node that was taken apart has lost its shape: heads are stacked.
+            wide = lowering == "wide" and node.inputs[0].shape and len(node.inputs[0].shape) == 2
             if lowering == "separate":
                 emitter.separate(node)
             elif node.op == "QuantizedGroupedMatMul":
-                (emitter.wide_int8 if lowering == "wide" and shared else emitter.grouped_int8)(node)
-            elif lowering == "wide" and shared and len(weight.shape) == 3:
+                (emitter.wide_int8 if wide else emitter.grouped_int8)(node)
+            elif node.op == "WeightOnlyGroupedMatMul":
+                emitter.weight_only(node, bool(wide))
+            elif wide:
                 emitter.wide(node)
         elif lowering == "separate" and emitter.can_separate(node):
             emitter.separate_elementwise(node)
@@ -112,6 +115,37 @@ class _Emitter:
         scaled = self.int8_matmul(self.quantized(x, x_scale), weight, scale)
         self.finish(node, "Add", [scaled, bias])
 
+    def weight_only(self, node: gs.Node, wide: bool) -> None:
+        """Integers where the input was integers too; else floats, made from integers at load."""
+        x, weight, bias, scale, zero_point = node.inputs
+        integer = None if _block(node) else _integer_source(x)
+        if integer is not None and weight.dtype == np.int8 and not np.any(zero_point.values):
+            source, x_scale, x_zero = integer
+            both = self.constant(np.asarray(x_scale * scale.values, np.float32))
+            if not wide:
+                scaled = self.int8_matmul(source, weight, both, x_zero)
+                self.finish(node, "Add", [scaled, bias])
+                return
+            scaled = self.int8_matmul(source, self.flat(weight), self.flat(both), x_zero)
+            self.unflatten(node, self.op("Add", [scaled, self.flat(bias)], x.dtype))
+        elif wide:
+            matrix = self.real(*(_side_by_side(t.values) for t in (weight, scale)),
+                               _zero_rows(node, slice(None)), _block(node))  # fmt: skip
+            self.unflatten(node, self.op("Gemm", [x, matrix, self.flat(bias)], x.dtype))
+
+    def real(self, weight: Array, scale: Array, zero_point: Array | None, block: int) -> gs.Tensor:
+        """``[K, N]`` weights as floats, from constants that a runtime folds when it loads them."""
+        rows = np.arange(len(weight)) // block if block else None
+        y = self.op("Cast", [self.constant(weight)], np.float32, {"to": 1})
+        for op, values in (("Sub", zero_point), ("Mul", scale)):
+            if values is not None:
+                operand: gs.Tensor = self.constant(values)
+                if rows is not None and len(values) > 1:
+                    operand = self.op("Gather", [operand, self.constant(rows)], np.float32,
+                                      {"axis": 0})  # fmt: skip
+                y = self.op(op, [y, operand], np.float32)
+        return y
+
     def quantized(self, x: gs.Tensor, scale: gs.Constant) -> gs.Tensor:
         """``x`` in int8; a scale per head lies along axis 0. Equal requests share one node."""
         values = scale.values.reshape(-1) if scale.values.size > 1 else scale.values.reshape(())
@@ -123,9 +157,12 @@ class _Emitter:
             self.integers[key] = self.op("QuantizeLinear", inputs, np.int8, attrs)
         return self.integers[key]
 
-    def int8_matmul(self, x: gs.Tensor, weight: gs.Tensor, scale: gs.Tensor) -> gs.Tensor:
-        """``(x @ weight) * scale`` with an exact integer product."""
-        product = self.op("MatMulInteger", [x, weight], np.int32)
+    def int8_matmul(
+        self, x: gs.Tensor, weight: gs.Tensor, scale: gs.Tensor, zero_point: gs.Tensor | None = None
+    ) -> gs.Tensor:
+        """``((x - zero_point) @ weight) * scale`` with an exact integer product."""
+        inputs = [x, weight, *([] if zero_point is None else [zero_point])]
+        product = self.op("MatMulInteger", inputs, np.int32)
         real = self.op("Cast", [product], np.float32, {"to": 1})
         return self.op("Mul", [real, scale], np.float32)
 
@@ -133,11 +170,17 @@ class _Emitter:
         """One matmul per head, carried on as M tensors."""
         x, weight, bias = node.inputs[:3]
         heads = len(weight.values)
-        sources = self.split(x, heads) if len(x.shape) == 3 else [x] * heads
+        shared = x.name not in self.parts and x.shape is not None and len(x.shape) == 2
+        sources = [x] * heads if shared else self.split(x, heads)
         results = []
         for head, source in enumerate(sources):
-            matrix = self.constant(weight.values[head])
             offset = self.constant(bias.values[head].reshape(-1))
+            if node.op == "WeightOnlyGroupedMatMul":
+                scale, zero_point = node.inputs[3].values[head], _zero_rows(node, head)
+                real = self.real(weight.values[head], scale, zero_point, _block(node))
+                results.append(self.op("Gemm", [source, real, offset], source.dtype))
+                continue
+            matrix = self.constant(weight.values[head])
             if node.op == "GroupedMatMul":
                 results.append(self.op("Gemm", [source, matrix, offset], source.dtype))
                 continue
@@ -213,8 +256,7 @@ class _Emitter:
 
     def flat(self, tensor: gs.Constant) -> gs.Constant:
         """``[M, K, N]`` to ``[K, M·N]``."""
-        values = np.moveaxis(tensor.values, 0, 1)
-        return self.constant(values.reshape(values.shape[0], -1))
+        return self.constant(_side_by_side(tensor.values))
 
     def constant(self, values: Array) -> gs.Constant:
         """A new constant."""
@@ -257,3 +299,41 @@ class _Emitter:
         node.inputs.clear()
         node.outputs.clear()
         self.append(op, inputs, output, attrs)
+
+
+def _side_by_side(values: Array) -> Array:
+    """``[M, K, N]`` to ``[K, M·N]``."""
+    moved = np.moveaxis(values, 0, 1)
+    return moved.reshape(moved.shape[0], -1)
+
+
+def _block(node: gs.Node) -> int:
+    """Rows that share a scale; 0 when a whole column does."""
+    size = int(node.attrs["block"][0])
+    return 0 if node.inputs[3].values.shape[1] == 1 else size
+
+
+def _zero_rows(node: gs.Node, head: int | slice) -> Array | None:
+    """The zero points of one head or, side by side, of all; None when all are 0."""
+    values = node.inputs[4].values
+    if not np.any(values):
+        return None
+    return _side_by_side(values) if isinstance(head, slice) else values[head]
+
+
+def _integer_source(x: gs.Tensor) -> tuple[gs.Tensor, Array, gs.Constant | None] | None:
+    """The integers that ``x`` was dequantized from, with one scale and zero point."""
+    node = x.inputs[0] if x.inputs else None
+    if node is None or node.op != "DequantizeLinear":
+        return None
+    source, *parameters = node.inputs
+    if source.dtype not in (np.int8, np.uint8) or isinstance(source, gs.Constant):
+        return None
+    if not all(isinstance(p, gs.Constant) and p.values.size == 1 for p in parameters):
+        return None
+    zero_point = None
+    if len(parameters) > 1:
+        zero_point = gs.Constant(
+            f"{parameters[1].name}/scalar/{x.name}", np.asarray(parameters[1].values).reshape(())
+        )
+    return source, np.asarray(parameters[0].values).reshape(()), zero_point
