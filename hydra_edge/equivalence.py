@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -89,24 +91,22 @@ def difference(a: Array, b: Array) -> float:
 
 def worst_difference(
     model: onnx.ModelProto,
-    reference: onnx.ModelProto,
+    expected: Mapping[str, Array],
     feeds: dict[str, Array],
     logits: str | None = None,
 ) -> tuple[str, float]:
-    """The output on which two models differ most, and by how much (see `difference`).
+    """The output on which a model differs most from its reference, and by how much.
 
     Args:
         model: The model to judge.
-        reference: What it must equal.
-        feeds: Inputs for both.
+        expected: What the reference gives for ``feeds``, by output name.
+        feeds: Inputs.
         logits: The per-head output, if known: then it alone is compared, because everything behind
             it is the same summary op. Otherwise all floating-point outputs are.
     """
-    names = [value.name for value in reference.graph.output]
-    names = [logits] if logits is not None and logits in names else names
-    expected = backend.evaluate(reference, feeds, names)
-    floating = {n: v for n, v in expected.items() if np.issubdtype(v.dtype, np.floating)}
-    found = backend.evaluate(model, feeds, list(floating or expected))
+    names = [logits] if logits is not None and logits in expected else list(expected)
+    floating = [n for n in names if np.issubdtype(expected[n].dtype, np.floating)]
+    found = backend.evaluate(model, feeds, floating or names)
     errors = {name: difference(found[name], expected[name]) for name in found}
     worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst]

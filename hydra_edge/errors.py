@@ -6,7 +6,6 @@
     ├── GraphError                      1   a model the stage at hand cannot take
     │   ├── ExportError                 1   torch could not be turned into ONNX
     │   ├── QuantizationError           1   calibration or Q/DQ insertion failed
-    │   ├── FusionError                 1   a fused graph did not equal its source
     │   └── CompilationError            1   a backend refused the graph
     ├── DistillationError               1   training cannot start or go on
     ├── GateError                       3   accuracy or uncertainty drifted too far
@@ -60,10 +59,6 @@ class ExportError(GraphError):
 
 class QuantizationError(GraphError):
     """Calibration or Q/DQ insertion failed."""
-
-
-class FusionError(GraphError):
-    """A fused graph did not equal its source."""
 
 
 class CompilationError(GraphError):

@@ -7,6 +7,7 @@ result takes the place of the branches, and is compared with its source before i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,18 +15,24 @@ import onnx_graphsurgeon as gs
 
 from hydra_edge import branches, equivalence, joins, surgery
 from hydra_edge.artifacts.graph import FusionGroup, Graph
+from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.branches import MATMULS, Branches, Shared, Step, Weights
-from hydra_edge.errors import FusionError, InputError
+from hydra_edge.errors import HydraError
 from hydra_edge.stacking import RULES
 from hydra_edge.stacking.stacker import CHANNELS, Emitted, Size, Stacker, UnsupportedError
 
 # Fusing may bring equal branches together that were hidden one level down. Every round takes one
 # level of nesting; no network has more than a few.
 _ROUNDS = 8
+Key = tuple[str, ...]  # names of the tensors that meet
+Reason = tuple[str, str]  # for people, for programs
 
 
 def fuse(graph: Graph) -> Graph:
     """Fuse every set of parallel branches whose operators have a stacked form.
+
+    The result is compared with ``graph`` on random inputs. A group that does not compute the same
+    is left alone, and so is everything when ``graph`` itself does not run on random inputs.
 
     Args:
         graph: Any graph; heads may be plain or behind Q/DQ of any producer.
@@ -33,53 +40,97 @@ def fuse(graph: Graph) -> Graph:
     Returns:
         A graph with the same inputs and outputs. Its ``fusion`` says what was fused, and what was
         left alone and why. Fusing twice changes nothing.
-
-    Raises:
-        FusionError: The result differs from ``graph``, or could not be compared with it.
     """
-    surgeon = surgery.open_model(graph.model)
-    done: list[FusionGroup] = []
-    left: tuple[FusionGroup, ...] = ()
-    for index in range(_ROUNDS):
-        groups = _round(surgeon)
-        fused = [group for group in groups if group.fused]
-        done += fused
-        if not index:  # later rounds see our own nodes, whose reasons mean nothing to anybody
-            left = tuple(group for group in groups if not group.fused)
-        if not fused:
-            break
-    if not done:
-        if graph.metadata.fusion is not None:
-            return graph
-        return Graph(graph.model, replace(graph.metadata, fusion=left))
-    earlier = tuple(group for group in graph.fusion if group.fused)
-    model = surgery.close_model(surgeon, like=graph.model)
-    result = graph.derive(model, "fuse", fusion=(*earlier, *done, *left))
-    _check(result, graph)
-    return result
+    refused: dict[Key, Reason] = {}
+    attempt = _Attempt(graph, refused)
+    if attempt.fused and (problem := attempt.problem()):
+        keys = list(attempt.fused)
+        for key in keys:
+            others = {other: problem for other in keys if other != key}
+            alone = _Attempt(graph, others)
+            if found := alone.problem():
+                refused[key] = found
+        attempt = _Attempt(graph, refused)
+        if attempt.fused and (problem := attempt.problem()):  # only together are they wrong
+            attempt = _Attempt(graph, dict.fromkeys(keys, problem))
+    if attempt.fused:
+        return attempt.result
+    if graph.metadata.fusion is not None:
+        return graph
+    return Graph(graph.model, replace(graph.metadata, fusion=attempt.left))
 
 
 def explain(graph: Graph) -> tuple[FusionGroup, ...]:
     """What `fuse` would do, without building or checking the result."""
-    return tuple(_round(surgery.open_model(graph.model)))
+    return tuple(group for _, group in _round(surgery.open_model(graph.model), {}))
 
 
-def _round(surgeon: gs.Graph) -> list[FusionGroup]:
+class _Attempt:
+    """One try at fusing all groups but the refused ones."""
+
+    def __init__(self, graph: Graph, refused: Mapping[Key, Reason]) -> None:
+        self.source = graph
+        self.fused: dict[Key, FusionGroup] = {}
+        self.left: tuple[FusionGroup, ...] = ()
+        surgeon = surgery.open_model(graph.model)
+        for index in range(_ROUNDS):
+            found = _round(surgeon, refused)
+            fused = {key: group for key, group in found if group.fused}
+            self.fused |= fused
+            if not index:  # later rounds see our own nodes, whose reasons mean nothing to anybody
+                self.left = tuple(group for _, group in found if not group.fused)
+            if not fused:
+                break
+        if self.fused:
+            earlier = tuple(group for group in graph.fusion if group.fused)
+            model = surgery.close_model(surgeon, like=graph.model)
+            groups = (*earlier, *self.fused.values(), *self.left)
+            self.result = graph.derive(model, "fuse", fusion=groups)
+
+    def problem(self) -> Reason | None:
+        """Why the result cannot stand for its source, or None."""
+        source = self.source
+        feeds = equivalence.random_inputs(source.inputs)
+        try:
+            expected = evaluate(source.model, feeds)
+        except HydraError as exc:
+            return f"the source does not run on random inputs: {exc.why}", "not-checked"
+        try:
+            name, error = equivalence.worst_difference(
+                self.result.model, expected, feeds, source.metadata.logits
+            )
+        except HydraError as exc:
+            return f"fused, it does not run: {exc.why} Please report the graph", "not-equal"
+        limit = equivalence.tolerance_of(source.model)
+        if error <= limit:
+            return None
+        return (
+            f"fused, it differs by {error:.2g} (relative RMS) on '{name}'; up to {limit:g} is "
+            "rounding. Please report the graph",
+            "not-equal",
+        )
+
+
+def _round(surgeon: gs.Graph, refused: Mapping[Key, Reason]) -> list[tuple[Key, FusionGroup]]:
     """Fuse what can be; inner joins of branches that were fused are gone and not reported."""
     groups = []
     consumed: set[int] = set()
     for candidate in branches.find(surgeon):
+        key = tuple(str(tensor.name) for tensor in candidate.join.tensors)
         nodes = {id(node) for step in candidate.steps for node in step.nodes}
         ends = {id(node) for tensor in candidate.join.tensors for node in tensor.inputs}
         if (nodes | ends) & consumed:
             continue
+        if key in refused and not candidate.problem:
+            problem, code = refused[key]
+            candidate = replace(candidate, problem=problem, code=code)
         group = _fuse_one(surgeon, candidate)
         if group.fused:
             consumed |= nodes | {id(node) for node in candidate.join.nodes}
-        elif candidate.join.is_reduction:
+        elif candidate.join.is_reduction and not candidate.problem:
             continue
-        groups.append(group)
-    surgeon.cleanup(remove_unused_graph_inputs=False).toposort()
+        groups.append((key, group))
+    surgery.sort(surgeon)
     return groups[::-1]
 
 
@@ -205,24 +256,3 @@ def _replace(
         producer.outputs[producer.outputs.index(new)] = old
         for reader in readers:
             reader.inputs = [old if tensor is new else tensor for tensor in reader.inputs]
-
-
-def _check(fused: Graph, graph: Graph) -> None:
-    feeds = equivalence.random_inputs(graph.inputs)
-    try:
-        name, error = equivalence.worst_difference(
-            fused.model, graph.model, feeds, graph.metadata.logits
-        )
-    except InputError as exc:
-        raise FusionError(
-            "The fused graph cannot be compared with its source: neither runs on random inputs.",
-            exc.why,
-            "Export the model with fixed sizes for all axes but the batch, or compile it unfused.",
-        ) from exc
-    limit = equivalence.tolerance_of(graph.model)
-    if error > limit:
-        raise FusionError(
-            f"The fused graph differs from its source by {error:.2g} (relative RMS) on '{name}'.",
-            f"Up to {limit:g} is rounding; more is a wrong rewrite.",
-            "The source graph is unchanged: compile it unfused, and please report the graph.",
-        )

@@ -7,7 +7,8 @@ Three ways to run grouped heads without a kernel of our own; `compile` times the
     separate  M small matmuls per layer, as before fusion: some runtimes prepack only those
 
 Weights stored in few bits become floats when the runtime loads them, unless their input is stored
-in integers too. Integer matmuls stay integer in all three; `integer_path` does the same for convolutions.
+in integers too. Integer matmuls stay integer in all three; `integer_path` does the same for
+convolutions.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ class _Emitter:
             scaled = self.int8_matmul(source, self.flat(weight), self.flat(both), x_zero)
             self.unflatten(node, self.op("Add", [scaled, self.flat(bias)], x.dtype))
         elif wide:
-            matrix = self.real(*(_side_by_side(t.values) for t in (weight, scale)),
-                               _zero_rows(node, slice(None)), _block(node))  # fmt: skip
+            weights, scales = _side_by_side(weight.values), _side_by_side(scale.values)
+            matrix = self.real(weights, scales, _zero_rows(node, slice(None)), _block(node))
             self.unflatten(node, self.op("Gemm", [x, matrix, self.flat(bias)], x.dtype))
 
     def real(self, weight: Array, scale: Array, zero_point: Array | None, block: int) -> gs.Tensor:

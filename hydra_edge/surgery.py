@@ -7,21 +7,31 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from hydra_edge import ops
+from hydra_edge import ops, weightless
 from hydra_edge.errors import GraphError
 
 
 def open_model(model: onnx.ModelProto) -> gs.Graph:
-    """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as tensors."""
-    model = ops.upgrade(model)
+    """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as tensors.
+
+    Local functions of other domains than ours are inlined. Large weights are read where they are,
+    in ``model``, and only when a pass asks for them.
+    """
+    light, weights = weightless.split(model)
+    light = ops.upgrade(light)
     with _mapped("read"):
-        # Shapes already in the file are enough for most graphs; passes check what they need.
-        with contextlib.suppress(onnx.shape_inference.InferenceError):
-            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        graph = gs.import_onnx(model)
+        light = _inferred(_inlined(light))
+        graph = gs.import_onnx(light)
+        tensors = graph.tensors()
+        for name, proto in weights.items():
+            if name in tensors:
+                tensors[name].to_constant(LazyValues(proto))
+        graph.inputs = [tensor for tensor in graph.inputs if tensor.name not in weights]
         _constants_to_tensors(graph)
         return graph
 
@@ -29,14 +39,80 @@ def open_model(model: onnx.ModelProto) -> gs.Graph:
 def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn ``graph`` back into a model with the producer and metadata of ``like``."""
     with _mapped("write"):
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        sort(graph)
         model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     ops.declare(model)
     model.ir_version = max(model.ir_version, 8)
     _keep_declarations(model, like)
     model.producer_name, model.producer_version = like.producer_name, like.producer_version
+    model.domain, model.model_version = like.domain, like.model_version
+    model.doc_string, model.graph.doc_string = like.doc_string, like.graph.doc_string
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
+    return model
+
+
+def sort(graph: gs.Graph) -> None:
+    """Drop what no output needs, and bring nodes into an order in which they can run.
+
+    Nodes keep their order where they can. GraphSurgeon's own sort recurses, and fails on deep
+    graphs.
+    """
+    graph.cleanup(remove_unused_graph_inputs=False)
+    writers = {id(tensor): node for node in graph.nodes for tensor in node.outputs}
+    done: set[int] = set()
+    ordered: list[gs.Node] = []
+    for root in graph.nodes:
+        pending = [root]
+        while pending:
+            node = pending[-1]
+            if id(node) in done:
+                pending.pop()
+                continue
+            missing = [
+                writers[id(tensor)]
+                for tensor in _read_by(node)
+                if id(tensor) in writers and id(writers[id(tensor)]) not in done
+            ]
+            if missing:
+                pending.extend(reversed(missing))
+                continue
+            done.add(id(node))
+            ordered.append(pending.pop())
+    graph.nodes = ordered
+
+
+def _read_by(node: gs.Node) -> Iterator[gs.Tensor]:
+    """Inputs of a node and whatever the graphs in it read."""
+    yield from node.inputs
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            for inner in value.nodes:
+                yield from _read_by(inner)
+            yield from value.outputs
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    foreign = [(f.domain, f.name) for f in model.functions if f.domain != ops.DOMAIN]
+    return onnx.inliner.inline_selected_functions(model, foreign) if foreign else model
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` with the shapes that can be inferred; passes check those they need.
+
+    ONNX infers nothing for GroupNormalization, which keeps the shape of its input.
+    """
+    hidden = {}
+    for index, node in enumerate(model.graph.node):
+        if node.op_type == "GroupNormalization" and node.domain in ("", "ai.onnx"):
+            hidden[index] = onnx.NodeProto()
+            hidden[index].CopyFrom(node)
+            del node.input[1:], node.attribute[:]
+            node.op_type = "Identity"
+    with contextlib.suppress(onnx.shape_inference.InferenceError):
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    for index, node in hidden.items():
+        model.graph.node[index].CopyFrom(node)
     return model
 
 

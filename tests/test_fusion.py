@@ -25,7 +25,7 @@ from hydra_edge import fusion, stacking
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.branches import Step
-from hydra_edge.errors import FusionError, GraphError
+from hydra_edge.errors import GraphError
 from hydra_edge.fusion import fuse
 from hydra_edge.stacking.stacker import Emitted, Stacker
 
@@ -274,9 +274,34 @@ def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return right
 
     monkeypatch.setattr(fusion, "RULES", {**stacking.RULES, "Gemm": swapped})
-    graph = student()
-    with pytest.raises(FusionError, match=r"differs from its source by .* on 'head_logits'"):
-        fuse(graph)
+    assert_untouched(student(), "on 'head_logits'; up to 0.0001 is rounding. Please report")
+    assert fuse(student()).fusion[0].code == "not-equal"
+
+
+def test_only_the_wrong_group_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_of_five(stacker: Stacker, step: Step) -> Emitted:
+        right = stacking.RULES["Gemm"](stacker, step)
+        if stacker.heads_count == 5:
+            stacker.nodes[-1].inputs[1] = stacker.constant(stacker.nodes[-1].inputs[1].values * 2)
+        return right
+
+    monkeypatch.setattr(fusion, "RULES", {**stacking.RULES, "Gemm": wrong_of_five})
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    first = net.op("Concat", *[linear(net, x, 6, 2) for _ in range(5)], axis=1)
+    second = net.op("Concat", *[linear(net, first, 10, 2) for _ in range(3)], axis=1)
+    graph = net.graph({second: ("batch", 6)})
+    fused = fuse(graph)
+    assert {group.heads: group.fused for group in fused.fusion} == {5: False, 3: True}
+    assert_same(fused, graph)
+
+
+def test_a_result_that_does_not_load_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(stacker: Stacker, step: Step) -> Emitted:
+        return stacker.emit("NoSuchOperator", [stacker.constant(np.ones(3))], step, "heads")
+
+    monkeypatch.setattr(fusion, "RULES", {**stacking.RULES, "Gemm": broken})
+    assert_untouched(student(), "fused, it does not run")
 
 
 def test_one_slightly_wrong_head_among_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,8 +313,7 @@ def test_one_slightly_wrong_head_among_many_is_caught(monkeypatch: pytest.Monkey
         return right
 
     monkeypatch.setattr(fusion, "RULES", {**stacking.RULES, "Gemm": off})
-    with pytest.raises(FusionError):
-        fuse(mlp_heads(m=50, hidden=()))
+    assert_untouched(mlp_heads(m=50, hidden=()), "fused, it differs by")
 
 
 def test_a_source_that_does_not_run_says_so() -> None:
@@ -297,8 +321,8 @@ def test_a_source_that_does_not_run_says_so() -> None:
     net = Net()
     x = net.input("x", ("batch", "features"))
     graph = net.graph(join(net, [linear(net, x, 6, 4) for _ in range(3)], 4))
-    with pytest.raises(FusionError, match=r"cannot be compared .* fixed sizes for all axes but"):
-        fuse(graph)
+    assert_untouched(graph, "the source does not run on random inputs")
+    assert fuse(graph).fusion[0].code == "not-checked"
 
 
 def test_an_unknown_size_behind_the_concatenated_axis() -> None:

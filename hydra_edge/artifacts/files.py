@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra_edge.errors import ArtifactError
@@ -14,8 +15,12 @@ from hydra_edge.errors import ArtifactError
 NPY_HEADER_ERRORS = (SyntaxError, TypeError, IndexError, OverflowError, tokenize.TokenError)
 
 
-def write_atomic(path: str | Path, data: bytes) -> Path:
+def write_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> Path:
     """Write ``data`` to ``path`` in one step: readers see the old file or the new, never a part.
+
+    Args:
+        path: The file.
+        data: Its bytes, or pieces of them.
 
     Returns:
         The path written.
@@ -28,8 +33,9 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
         raise ArtifactError(
             f"'{path}' is a folder.", "A file was to be written there.", "Give a file name."
         )
+    name = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as exc:
         raise ArtifactError(
             f"Cannot write '{path}': {exc.strerror or exc}.",
@@ -38,12 +44,10 @@ def write_atomic(path: str | Path, data: bytes) -> Path:
         ) from exc
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp gives 0600, which another user could not read
         os.replace(name, path)
     except OSError as exc:
         raise ArtifactError(

@@ -7,7 +7,7 @@ On disk it is a plain ``.onnx`` file; our knowledge travels as JSON in
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,14 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 
+from hydra_edge import weightless
 from hydra_edge.artifacts.files import read_bytes, sha256, write_atomic
 from hydra_edge.errors import ArtifactError, GraphError, HydraError
 
 METADATA_KEY = "hydra_edge"
+# One protobuf message holds 2 GB; what is not weights needs some of it.
+WHOLE_BYTES = 2**31 - 2**26
+_ALIGNMENT = 4096  # of weights in a data file, so that a runtime can map them into memory
 METADATA_SCHEMA = 1
 
 _TEXT, _OPTIONAL_TEXT = (str,), (str, type(None))
@@ -208,25 +212,41 @@ class Graph:
         Raises:
             GraphError: It is over protobuf's limit of 2 GB.
         """
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        kept = [prop for prop in model.metadata_props if prop.key != METADATA_KEY]
-        del model.metadata_props[:]
-        model.metadata_props.extend(kept)
-        model.metadata_props.add(key=METADATA_KEY, value=self.metadata.to_json())
         try:
-            return bytes(model.SerializeToString(deterministic=True))
+            return bytes(self._described(lambda _: None).SerializeToString(deterministic=True))
         except (ValueError, EncodeError) as exc:
             raise GraphError(
                 f"The graph cannot be serialized: {exc}.",
                 "One protobuf message holds at most 2 GB.",
-                "Quantize first, or split the model.",
+                "Save it as a file, which may have its weights beside it, or quantize it first.",
             ) from exc
 
     @property
+    def is_large(self) -> bool:
+        """Whether the weights do not fit into one protobuf message."""
+        return weightless.total_bytes(self.model) > WHOLE_BYTES
+
+    @property
     def sha256(self) -> str:
-        """Digest of `data`."""
-        return sha256(self.data)
+        """Digest of `data`; of a large model, of the digests of its weights and of the rest."""
+        if not self.is_large:
+            return sha256(self.data)
+
+        def digest(tensor: onnx.TensorProto) -> onnx.TensorProto:
+            return weightless.external(tensor, sha256(_raw(tensor)), 0, 0)
+
+        return sha256(self._described(digest).SerializeToString(deterministic=True))
+
+    def _described(
+        self, stub: Callable[[onnx.TensorProto], onnx.TensorProto | None]
+    ) -> onnx.ModelProto:
+        """The model with our metadata, and ``stub``s for weights that it returns one for."""
+        model = weightless.without_data(self.model, stub)
+        kept = [prop for prop in model.metadata_props if prop.key != METADATA_KEY]
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        model.metadata_props.add(key=METADATA_KEY, value=self.metadata.to_json())
+        return model
 
     def derive(self, model: onnx.ModelProto, step: str, **changes: object) -> Graph:
         """The graph a stage returns: a new model, the old metadata, one more provenance step."""
@@ -234,8 +254,30 @@ class Graph:
         return Graph(model, replace(metadata, provenance=(*metadata.provenance, step)))
 
     def save(self, path: str | Path) -> Path:
-        """Write a plain ``.onnx`` file, atomically."""
-        return write_atomic(path, self.data)
+        """Write a plain ``.onnx`` file, atomically.
+
+        The weights of a large model go into a second file beside it, ``NAME.onnx.DIGEST.data``,
+        which is written first; the digest in its name keeps an older model's weights whole.
+        """
+        if not self.is_large:
+            return write_atomic(path, self.data)
+        path = Path(path)
+        location = f"{path.name}.{self.sha256[:16]}.data"
+        large: list[onnx.TensorProto] = []
+        end = 0
+
+        def stub(tensor: onnx.TensorProto) -> onnx.TensorProto | None:
+            nonlocal end
+            if weightless.size_of(tensor) <= weightless.SMALL_BYTES:
+                return None
+            large.append(tensor)
+            length = len(_raw(tensor))
+            start, end = end, end + -(-length // _ALIGNMENT) * _ALIGNMENT
+            return weightless.external(tensor, location, start, length)
+
+        model = self._described(stub).SerializeToString(deterministic=True)
+        write_atomic(path.parent / location, _aligned(iter(large)))
+        return write_atomic(path, model)
 
     @classmethod
     def load(cls, path: str | Path) -> Graph:
@@ -248,7 +290,7 @@ class Graph:
         graph = cls.parse(read_bytes(path, "an ONNX model"), str(path), check=False)
         try:
             onnx.load_external_data_for_model(graph.model, str(path.parent))
-            onnx.checker.check_model(graph.model)
+            onnx.checker.check_model(str(path) if graph.is_large else graph.model)
         except (onnx.checker.ValidationError, ValueError, OSError) as exc:
             raise _not_onnx(str(path), str(exc).strip().splitlines()[0]) from exc
         return graph
@@ -282,6 +324,21 @@ class Graph:
             if prop.key == METADATA_KEY:
                 metadata = Metadata.from_json(prop.value)
         return cls(model, metadata)
+
+
+def _raw(tensor: onnx.TensorProto) -> bytes:
+    """The data of a tensor as it lies in a file."""
+    if tensor.HasField("raw_data"):
+        return bytes(tensor.raw_data)
+    again = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor))
+    return bytes(again.raw_data)
+
+
+def _aligned(tensors: Iterator[onnx.TensorProto]) -> Iterator[bytes]:
+    for tensor in tensors:
+        raw = _raw(tensor)
+        yield raw
+        yield bytes(-len(raw) % _ALIGNMENT)
 
 
 def _names(model: onnx.ModelProto) -> Iterator[object]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from hydra_edge import ops
+from hydra_edge import ops, weightless
 from hydra_edge.errors import CompilationError, InputError
 
 Array = npt.NDArray[np.generic]
@@ -54,13 +54,50 @@ def evaluate(
         InputError: It refused the inputs.
     """
     names = list(outputs or [value.name for value in model.graph.output])
-    runner = _Runner(model.SerializeToString(), None)
+    payload, weights, values = _shared_weights(model)
+    options = ort.SessionOptions()
+    # The model is judged as it is written, and no weight is copied for one run.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    if weights:
+        options.add_external_initializers(weights, values)
+    runner = _Runner(payload, None, options)
     return dict(zip(names, runner.run(feeds, names), strict=True))
 
 
+# Below this a model is handed over whole.
+_WHOLE_BYTES = 1 << 20
+_SHAREABLE = frozenset(
+    onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name))
+    for name in ("float16", "float32", "float64", "int8", "uint8", "int32", "int64")
+)
+
+
+def _shared_weights(model: onnx.ModelProto) -> tuple[bytes, list[str], list[ort.OrtValue]]:
+    """``model`` serialized without its large weights, and those, in memory ONNX Runtime shares."""
+    if weightless.total_bytes(model) <= _WHOLE_BYTES:
+        return model.SerializeToString(), [], []
+    names: list[str] = []
+    values: list[ort.OrtValue] = []
+
+    def stub(tensor: onnx.TensorProto) -> onnx.TensorProto | None:
+        if weightless.size_of(tensor) <= weightless.SMALL_BYTES:
+            return None
+        if tensor.data_type not in _SHAREABLE:
+            return None
+        array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
+        names.append(tensor.name)
+        values.append(ort.OrtValue.ortvalue_from_numpy(array))
+        return weightless.external(tensor, "memory", 0, array.nbytes)
+
+    return weightless.without_data(model, stub).SerializeToString(), names, values
+
+
 class _Runner:
-    def __init__(self, payload: bytes, threads: int | None) -> None:
-        options = ort.SessionOptions()
+    def __init__(
+        self, payload: bytes, threads: int | None, options: ort.SessionOptions | None = None
+    ) -> None:
+        options = options or ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1

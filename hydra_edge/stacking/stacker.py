@@ -188,12 +188,14 @@ class Stacker:
             values = np.asarray(value.tensor.values)
             return np.broadcast_to(values, (self.heads_count, *values.shape))
         operands = [None if v is None else self.arrays(v) for v in value.inputs]
-        rows = [
-            evaluate(value.nodes[head], [None if o is None else o[head] for o in operands],
-                     self.opset)[value.position]
-            for head in range(self.heads_count)
-        ]  # fmt: skip
-        return np.stack(rows)
+        try:
+            rows = [
+                evaluate(node, [None if o is None else o[head] for o in operands], self.opset)
+                for head, node in enumerate(value.nodes)
+            ]
+        except Exception as exc:  # the reference implementation raises whatever its parts raise
+            raise UnsupportedError(f"the constant {value.op} cannot be computed: {exc}") from exc
+        return np.stack([row[value.position] for row in rows])
 
     def same(self, value: Value | None, step: Step) -> gs.Tensor:
         """A parameter that is one for all branches, or left out by all of them."""
