@@ -15,7 +15,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from hydra_edge import terminal
-from hydra_edge.errors import GateError, HydraError, InputError, PerformanceGateError
+from hydra_edge.errors import GateError, HydraError, InputError, PerformanceGateError, UsageError
 
 app = typer.Typer(
     name="hydra-edge",
@@ -130,12 +130,32 @@ def quantize(
 
 
 @verb
-def fuse(graph: Path, output: Output, as_json: JsonFlag = False) -> None:
+def fuse(
+    graph: Path,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only say what would be fused, and what not and why.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Fuse parallel heads into grouped ops, and say what was fused and what not."""
     from hydra_edge import fusion
     from hydra_edge.artifacts.graph import Graph
 
-    terminal.save_graph(fusion.fuse(Graph.load(graph)), output, as_json)
+    if output is None and not explain:
+        raise UsageError(
+            "No output file was named.", "fuse writes a graph.", "Add -o FILE, or --explain."
+        )
+    source = Graph.load(graph)
+    if output is None:
+        terminal.show_fusion(fusion.explain(source), as_json, title=f"{graph} would be fused so")
+        return
+    result = fusion.fuse(source)
+    if not explain:
+        terminal.save_graph(result, output, as_json)
+        return
+    result.save(output)
+    terminal.show_fusion(result.fusion, as_json, title=f"wrote {output}")
 
 
 @verb

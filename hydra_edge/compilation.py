@@ -22,6 +22,7 @@ from hydra_edge.errors import CompilationError, InputError
 Array = npt.NDArray[np.generic]
 _TIMING_SECONDS = 0.2  # per candidate lowering and round
 _TIMING_ROUNDS = 3
+UNFUSED = "unfused"  # what a program's lowering is called when separate branches were faster
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def compile(
     *,
     batch: tuple[int, int, int] | None = None,
     golden: Mapping[str, Array] | None = None,
+    unfused: Graph | None = None,
     options: CompileOptions | None = None,
 ) -> Engine:
     """Lower a graph, build it for a target, prove it against the graph and pack it up.
@@ -69,6 +71,8 @@ def compile(
         batch: Shorthand for ``options.batch``.
         golden: One batch of inputs to record with the graph's own outputs, so that
             `Session.self_test` can prove the engine later; random by default.
+        unfused: The graph before fusion. It competes with the lowerings of ``graph``, so that
+            fusing never costs time where the target runs separate branches faster.
         options: How it is built.
 
     Returns:
@@ -89,7 +93,7 @@ def compile(
         else equivalence.random_inputs(graph.inputs, batch=min(16, options.batch[2]))
     )
     record = Golden(feeds, evaluate(graph.model, feeds), equivalence.tolerance_of(graph.model))
-    candidates = _candidates(graph, backend, options, record)
+    candidates = _candidates(graph, unfused, backend, options, record)
     timings = _time(candidates, graph.inputs, backend, options)
     best = min(timings, key=timings.__getitem__)
     program = Program(
@@ -141,16 +145,30 @@ def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, 
 
 
 def _candidates(
-    graph: Graph, backend: Backend, options: CompileOptions, record: Golden
+    graph: Graph,
+    unfused: Graph | None,
+    backend: Backend,
+    options: CompileOptions,
+    record: Golden,
 ) -> dict[str, bytes]:
     """Built payloads by lowering; each reproduces the graph on the recorded batch."""
     names = backend.LOWERINGS if lowering.has_heads(graph) else backend.LOWERINGS[:1]
+    fused = any(group.fused for group in graph.fusion)
+    if unfused is not None and fused and _same_interface(unfused, graph):
+        names = (*names, UNFUSED)
     if options.lowering:
         names = (options.lowering,)
     payloads = {}
     errors = {}
     for name in names:
-        payload = backend.build(lowering.lower(graph, name).model)
+        source, how = (graph, name) if name != UNFUSED else (unfused, backend.LOWERINGS[0])
+        if source is None:
+            raise InputError(
+                f"The lowering '{UNFUSED}' was asked for.",
+                "It needs the graph before fusion, which was not given.",
+                "Pass unfused=…, or compile the unfused graph itself.",
+            )
+        payload = backend.build(lowering.lower(source, how).model)
         runner = backend.open(payload, options.threads)
         errors[name] = equivalence.replay(runner, record)
         runner.close()
@@ -164,6 +182,12 @@ def _candidates(
             "Please report the graph; its unfused form compiles without grouped ops.",
         )
     return payloads
+
+
+def _same_interface(a: Graph, b: Graph) -> bool:
+    return [s.name for s in a.inputs] == [s.name for s in b.inputs] and (
+        {s.name for s in a.outputs} >= {s.name for s in b.outputs}
+    )
 
 
 def _time(

@@ -2,6 +2,7 @@
 
     HydraError                          1   anything below, caught at once
     ├── InputError (ValueError)         1   arrays or arguments that do not fit what was declared
+    │   └── UsageError                  2   options of a command that do not make sense
     ├── ArtifactError                   1   a file that is missing, damaged, changed or too new
     ├── GraphError                      1   a model the stage at hand cannot take
     │   ├── ExportError                 1   torch could not be turned into ONNX
@@ -43,6 +44,12 @@ class HydraError(Exception):
 
 class InputError(HydraError, ValueError):
     """Arrays or arguments that do not fit what was declared."""
+
+
+class UsageError(InputError):
+    """Options of a command that do not make sense."""
+
+    exit_code = 2
 
 
 class ArtifactError(HydraError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,11 @@ from rich.table import Table
 
 from hydra_edge import targets
 from hydra_edge.artifacts.engine import Engine
-from hydra_edge.artifacts.graph import Graph
+from hydra_edge.artifacts.graph import FusionGroup, Graph
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.costs import cost
 from hydra_edge.errors import GraphError
+from hydra_edge.fusion import explain
 
 if TYPE_CHECKING:
     from hydra_edge.artifacts.graph import Json
@@ -28,6 +31,18 @@ if TYPE_CHECKING:
 
 Rows = dict[str, "Json"]
 _PREDICTION_ROWS = 20
+_LONGEST_BRANCH = 12
+_MEETING = {
+    "stack": "a stack",
+    "concat": "a concatenation",
+    "sum": "a sum",
+    "mean": "a mean",
+    "max": "a maximum",
+    "min": "a minimum",
+    "tensors": "no node: each is needed on its own",
+    "": "one node",
+}
+NOTHING_PARALLEL = "nothing parallel: no two branches with weights leave one tensor and meet again"
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 # Import name, distribution, extra that brings it (None: base install), what it is for.
@@ -69,12 +84,50 @@ def describe_graph(graph: Graph) -> Rows:
     except GraphError as exc:
         rows["flops per sample"] = f"not counted: {exc.what}"
     if metadata.fusion is not None:
-        rows["fusion"] = [
-            f"{group.heads} heads from '{group.source}': "
-            + (f"fused {' → '.join(group.ops)}" if group.fused else f"left alone, {group.reason}")
-            for group in metadata.fusion
-        ] or ["no parallel heads found"]
+        rows["fusion"] = describe_fusion(metadata.fusion)
+    else:
+        rows["fuse would do"] = describe_fusion(explain(graph))
     return rows
+
+
+def describe_fusion(groups: Sequence[FusionGroup]) -> list[str]:
+    """One line per group of parallel branches, and what follows from it."""
+    lines = []
+    for group in groups:
+        source = f" from '{group.source}'" if group.source else ""
+        lines.append(f"{group.heads} branches{source} that meet in {_MEETING[group.join]}")
+        if group.ops:
+            lines.append(f"    {_abridged(group.ops)}")
+            figures = f"{_quantity(group.weight_bytes)}B of weights"
+            lines.append(f"    {figures}, {_quantity(group.flops_per_sample)}FLOP per sample")
+        lines.append("    fused" if group.fused else f"    left alone: {group.reason}")
+    return lines or [NOTHING_PARALLEL]
+
+
+def fusion_rows(groups: Sequence[FusionGroup]) -> list[Rows]:
+    """The same for programs."""
+    return [
+        {**asdict(group), "ops": list(group.ops), "members": list(group.members)}
+        for group in groups
+    ]
+
+
+def _abridged(operators: Sequence[str]) -> str:
+    """Operators in order, repetitions counted, the middle of long branches left out."""
+    runs = [(op, len(list(same))) for op, same in itertools.groupby(operators)]
+    texts = [op if count == 1 else f"{count}x {op}" for op, count in runs]
+    if len(texts) > _LONGEST_BRANCH:
+        kept = _LONGEST_BRANCH // 2
+        texts = [*texts[:kept], f"({len(texts) - 2 * kept} more)", *texts[-kept:]]
+    return " → ".join(texts)
+
+
+def _quantity(number: int) -> str:
+    """Three digits and a prefix."""
+    for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g} {prefix}"
+    return f"{number} "
 
 
 def describe_engine(engine: Engine) -> Rows:
@@ -100,11 +153,7 @@ def describe_engine(engine: Engine) -> Rows:
             *(f"out {spec}" for spec in program.outputs),
             f"batch {program.batch[0]} to {program.batch[2]}, best {program.batch[1]}",
             f"lowering {program.lowering} (p50 at batch {program.batch[1]}: {timings})",
-            *(
-                f"{group.heads} heads from '{group.source}': "
-                + ("fused" if group.fused else f"left alone, {group.reason}")
-                for group in program.graph.fusion
-            ),
+            *describe_fusion(program.graph.fusion),
         ]
     return rows
 

@@ -76,11 +76,13 @@ def build(
     fused = fuse(lowered)
     on_step(f"compile for {target}")
     golden = None if data is None else _first(data, graph)
-    engine = compile(fused, target, options=options, golden=golden)
+    engine = compile(fused, target, options=options, golden=golden, unfused=lowered)
     metrics = {"p50_ms": _p50(engine)}
     if wanted != Precision():
         on_step("time the fp32 twin")
-        metrics["p50_ms_fp32_twin"] = _p50(compile(fuse(graph), target, options=options))
+        metrics["p50_ms_fp32_twin"] = _p50(
+            compile(fuse(graph), target, options=options, unfused=graph)
+        )
     if data is not None:
         on_step("verify against the source graph")
         result = verify(engine, graph, data, labels=labels, gates=gates or ENGINE_GATES)

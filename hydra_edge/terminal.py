@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hydra_edge.artifacts.engine import Engine
-    from hydra_edge.artifacts.graph import Graph
+    from hydra_edge.artifacts.graph import FusionGroup, Graph
     from hydra_edge.artifacts.report import Report
     from hydra_edge.compilation import CompileOptions
 
@@ -40,6 +40,16 @@ def show(rows: Mapping[str, object], as_json: bool, title: str) -> None:
     console = console_on(stderr=False)
     console.print(f"[bold]{escape(title)}[/]")
     console.print(inspection.table([rows]))
+
+
+def show_fusion(groups: Sequence[FusionGroup], as_json: bool, title: str) -> None:
+    """Print what was or would be fused."""
+    from hydra_edge import inspection
+
+    if as_json:
+        echo_json({"fusion": inspection.fusion_rows(groups)})
+    else:
+        show({"branches": inspection.describe_fusion(groups)}, as_json, title)
 
 
 def echo_json(data: object) -> None:

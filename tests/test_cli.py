@@ -13,6 +13,7 @@ import onnx
 import onnx.parser
 import pytest
 from onnx import numpy_helper
+from onnx_models import student
 from typer.testing import CliRunner, Result
 
 import hydra_edge as he
@@ -104,8 +105,9 @@ def test_the_steps_one_by_one(files: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     shown = json.loads(done.stdout)
     assert shown["precision"] == "int8"
-    assert shown["fusion"][0].startswith("3 heads from ")
-    assert "fused DequantizeLinear → Gemm" in shown["fusion"][0]
+    assert shown["fusion"][0].startswith("3 branches from ")
+    assert shown["fusion"][1].strip().startswith("DequantizeLinear → Gemm")
+    assert shown["fusion"][-1].strip() == "fused"
     assert hydra("compile", fused, "-o", engine, "--threads", 1).exit_code == 0
     shown = json.loads(hydra("inspect", engine, "--json").stdout)
     assert (shown["kind"], shown["precision"], shown["heads"]) == ("model", "int8", HEADS)
@@ -314,3 +316,24 @@ def test_ctrl_c_says_so_and_leaves_no_file(files: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert not out.exists()
     assert time.monotonic() - started < 60
+
+
+def test_fuse_explains_itself(tmp_path: Path) -> None:
+    student().save(tmp_path / "s.onnx")
+    done = hydra("fuse", str(tmp_path / "s.onnx"), "--explain")
+    assert done.exit_code == 0, done.output
+    assert "3 branches from" in done.stdout
+    assert "Gemm → Relu → Gemm" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "s.onnx"]
+    done = hydra("fuse", str(tmp_path / "s.onnx"), "--explain", "--json")
+    (group,) = json.loads(done.stdout)["fusion"]
+    assert (group["heads"], group["join"], group["fused"]) == (3, "stack", True)
+    # Weights and biases of 6x5 and 5x4, three times; two operations per weight.
+    assert group["weight_bytes"] == 3 * (6 * 5 + 5 + 5 * 4 + 4) * 4
+    assert group["flops_per_sample"] == 3 * 2 * (6 * 5 + 5 * 4)
+    out = str(tmp_path / "f.onnx")
+    assert hydra("fuse", str(tmp_path / "s.onnx"), "--explain", "-o", out).exit_code == 0
+    assert he.Graph.load(out).fusion[0].fused
+    done = hydra("fuse", str(tmp_path / "s.onnx"))
+    assert done.exit_code == 2
+    assert "No output file was named." in done.output

@@ -233,3 +233,23 @@ def test_metadata_comes_along() -> None:
     assert engine.precision == "body=fp32,heads=int8"
     assert engine.calibration_sha256 == int8.metadata.calibration_sha256 is not None
     assert mlp_heads().metadata.task is None
+
+
+def test_fusing_never_costs_time() -> None:
+    """The graph before fusion competes; its program answers for the fused graph's engine."""
+    graph = student()
+    fused = fuse(graph)
+    engine = compile(fused, unfused=graph, options=CompileOptions(threads=1, lowering="unfused"))
+    (program,) = engine.programs.values()
+    assert program.lowering == "unfused"
+    operators = [n.op_type for n in onnx.load_from_string(program.payload).graph.node]
+    assert operators.count("Gemm") > 3
+    with load(engine) as session:
+        assert session.self_test() < 1e-4
+    every = compile(fused, unfused=graph).programs["main"].lowering_ms
+    assert set(every) == {"grouped", "wide", "separate", "unfused"}
+
+
+def test_unfused_must_be_given_to_be_kept() -> None:
+    with pytest.raises(InputError, match="It needs the graph before fusion"):
+        compile(fuse(student()), options=CompileOptions(lowering="unfused"))

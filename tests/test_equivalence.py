@@ -8,9 +8,9 @@ import pytest
 from onnx_models import Net, mlp_heads, tiny_engine
 
 from hydra_edge import equivalence
-from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.artifacts.engine import Golden
 from hydra_edge.artifacts.graph import TensorSpec
+from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.backends.onnxruntime import open as open_program
 from hydra_edge.errors import GraphError
 
