@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup check test demo clean
+.PHONY: setup check test demo nightly clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ check: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
+
+# Thousands of generated graphs through the fusion and every lowering; says what it generated.
+nightly: $(READY)
+	$(BIN)/python -m pytest tests/test_generated.py --hypothesis-profile=nightly -v --capture=no
 
 demo: $(READY)
 	$(BIN)/hydra-edge demo --output demo

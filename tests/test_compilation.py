@@ -245,7 +245,7 @@ def test_fusing_never_costs_time() -> None:
     operators = [n.op_type for n in onnx.load_from_string(program.payload).graph.node]
     assert operators.count("Gemm") > 3
     with load(engine) as session:
-        assert session.self_test() < 1e-4
+        assert max(session.self_test().values()) < 1e-4
     every = compile(fused, unfused=graph).programs["main"].lowering_ms
     assert set(every) == {"grouped", "wide", "separate", "unfused"}
 

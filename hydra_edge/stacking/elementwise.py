@@ -89,6 +89,14 @@ def _clip(stacker: Stacker, step: Step) -> Emitted:
     return y
 
 
+def _prelu(stacker: Stacker, step: Step) -> Emitted:
+    """The slope broadcasts against x, but x never against the slope."""
+    x, slope = (stacker.emitted(value) for value in step.inputs)
+    if slope.is_stacked:
+        x = stacker.heads(x, always=True) if x.layout == SHARED else x
+    return combine(stacker, step, step.op, [x, slope])
+
+
 def _dropout(stacker: Stacker, step: Step) -> Emitted:
     training = step.inputs[2] if len(step.inputs) > 2 else None
     if step.position or (training is not None and stacker.arrays(training).any()):
@@ -105,11 +113,12 @@ _UNARY = (
 )
 _BROADCASTING = (
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less "
-    "LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
+    "LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where Xor"
 )
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY.split(), unary),
     **dict.fromkeys(_BROADCASTING.split(), broadcasting),
     "Clip": _clip,
     "Dropout": _dropout,
+    "PRelu": _prelu,
 }
