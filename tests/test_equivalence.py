@@ -116,3 +116,32 @@ def test_replay_ignores_votes() -> None:
     assert equivalence.replay(runner, program.golden) == 0
     wrong = {"logits": program.golden.outputs["logits"] + 1}
     assert equivalence.replay(runner, Golden(program.golden.inputs, wrong, 0.1)) > 0.3
+
+
+def test_entropies_near_zero_are_measured_in_nats_and_variances_against_the_total() -> None:
+    sure = {"mutual_information": np.full(16, 1e-4, np.float32)}
+    moved = {"mutual_information": np.full(16, 2e-4, np.float32)}  # twice as much of nothing
+    record = Golden({}, sure, 0.0)
+    assert equivalence.replay(_Says(moved), record) == pytest.approx(1e-4)
+    variances = {
+        "epistemic_variance": np.full((16, 1), 1e-4, np.float32),
+        "aleatoric_variance": np.full((16, 1), 0.5, np.float32),
+    }
+    other = {**variances, "epistemic_variance": np.full((16, 1), 2e-4, np.float32)}
+    assert equivalence.replay(_Says(other), Golden({}, variances, 0.0)) == pytest.approx(2e-4)
+    # Anything else of that size is measured against itself.
+    quiet = Golden({}, {"y": np.full(16, 1e-4, np.float32)}, 0.0)
+    assert equivalence.replay(_Says({"y": np.full(16, 2e-4, np.float32)}), quiet) > 0.9
+
+
+class _Says:
+    threads = 1
+
+    def __init__(self, outputs: dict[str, np.ndarray]) -> None:
+        self.outputs = outputs
+
+    def run(self, feeds: object, outputs: list[str]) -> list[np.ndarray]:
+        return [self.outputs[name] for name in outputs]
+
+    def close(self) -> None:
+        pass

@@ -29,6 +29,7 @@ CLASSIFICATION_OUTPUTS = (
     "mutual_information",
     "variation_ratio",
 )
+ENTROPIES = ("predictive_entropy", "expected_entropy", "mutual_information")  # in nats
 GAUSSIAN_OUTPUTS = ("mean", "aleatoric_variance", "epistemic_variance")
 
 # 1.2e-38 is the smallest normal fp32: it keeps log finite and multiplies a probability of 0 anyway.
