@@ -94,3 +94,29 @@ def _ancestors(nodes: list[gs.Node], parents: dict[int, tuple[gs.Node, ...]]) ->
             seen.add(id(node))
             pending.extend(parents[id(node)])
     return seen
+
+
+def heads(graph: gs.Graph) -> tuple[frozenset[str], ...]:
+    """Names of the nodes of every head, in the order in which heads meet.
+
+    A node that several heads need, but not all of them, belongs to none. Empty when there are no
+    heads; see `head_nodes`.
+    """
+    parents = {
+        id(node): tuple(tensor.inputs[0] for tensor in node.inputs if tensor.inputs)
+        for node in graph.nodes
+    }
+    ends = _without_inner(_last_join(graph)[0], parents)
+    if len(ends) < 2:
+        return ()
+    needed = [_ancestors([end], parents) for end in ends]
+    users: dict[int, int] = {}
+    for nodes in needed:
+        for identity in nodes:
+            users[identity] = users.get(identity, 0) + 1
+    names = {id(node): str(node.name) for node in graph.nodes}
+    found = tuple(
+        frozenset(names[identity] for identity in nodes if users[identity] == 1) for nodes in needed
+    )
+    weighted = {str(node.name) for node in graph.nodes if node.op in _WEIGHTED}
+    return found if all(nodes & weighted for nodes in found) else ()

@@ -11,26 +11,41 @@ import onnx.inliner
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from hydra_edge import ops, weightless
 from hydra_edge.errors import GraphError
 
+_NOT_IN_NUMPY = frozenset(
+    {
+        onnx.TensorProto.BFLOAT16,
+        onnx.TensorProto.FLOAT8E4M3FN,
+        onnx.TensorProto.FLOAT8E4M3FNUZ,
+        onnx.TensorProto.FLOAT8E5M2,
+        onnx.TensorProto.FLOAT8E5M2FNUZ,
+    }
+)
 
-def open_model(model: onnx.ModelProto) -> gs.Graph:
-    """A mutable copy of ``model``: opset at least 18, shapes inferred, constants as tensors.
+
+def open_model(model: onnx.ModelProto, opset: int = ops.MINIMUM_OPSET) -> gs.Graph:
+    """A mutable copy of ``model``: at least ``opset``, shapes inferred, constants as tensors.
 
     Local functions of other domains than ours are inlined. Large weights are read where they are,
     in ``model``, and only when a pass asks for them.
     """
     light, weights = weightless.split(model)
-    light = ops.upgrade(light)
-    with _mapped("read"):
+    light = ops.upgrade(light, opset)
+    with _mapped("read"), G_LOGGER.suppress():
         light = _inferred(_inlined(light))
         graph = gs.import_onnx(light)
         tensors = graph.tensors()
         for name, proto in weights.items():
             if name in tensors:
                 tensors[name].to_constant(LazyValues(proto))
+        for proto in (*light.graph.initializer, *weights.values()):
+            if proto.data_type in _NOT_IN_NUMPY and proto.name in tensors:
+                # GraphSurgeon would warn on every use; ONNX gives arrays of ml_dtypes.
+                tensors[proto.name].values = np.array(onnx.numpy_helper.to_array(proto))
         graph.inputs = [tensor for tensor in graph.inputs if tensor.name not in weights]
         _constants_to_tensors(graph)
         return graph
@@ -38,7 +53,7 @@ def open_model(model: onnx.ModelProto) -> gs.Graph:
 
 def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """Turn ``graph`` back into a model with the producer and metadata of ``like``."""
-    with _mapped("write"):
+    with _mapped("write"), G_LOGGER.suppress():
         sort(graph)
         model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     ops.declare(model)

@@ -54,15 +54,39 @@ def evaluate(
         InputError: It refused the inputs.
     """
     names = list(outputs or [value.name for value in model.graph.output])
+    runner = _judge(model)
+    return dict(zip(names, runner.run(feeds, names), strict=True))
+
+
+def _judge(model: onnx.ModelProto) -> _Runner:
+    """Runs a model as it is written: not optimized, and no weight copied for a few runs."""
     payload, weights, values = _shared_weights(model)
     options = ort.SessionOptions()
-    # The model is judged as it is written, and no weight is copied for one run.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_external_initializers(weights, values)
-    runner = _Runner(payload, None, options)
-    return dict(zip(names, runner.run(feeds, names), strict=True))
+    return _Runner(payload, None, options, values)
+
+
+class Observer:
+    """Reads tensors inside a model, batch after batch."""
+
+    def __init__(self, model: onnx.ModelProto, tensors: Sequence[str]) -> None:
+        self._tensors = list(tensors)
+        seen = weightless.without_data(model, lambda _: None)
+        known = {value.name for value in (*seen.graph.output, *seen.graph.input)}
+        for name in self._tensors:
+            if name not in known:  # ONNX Runtime infers type and shape itself
+                seen.graph.output.append(onnx.ValueInfoProto(name=name))
+        self._inputs = {value.name for value in seen.graph.input}
+        self._runner = _judge(seen)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors' values by name; inputs are passed through."""
+        names = [name for name in self._tensors if name not in self._inputs]
+        found = dict(zip(names, self._runner.run(feeds, names), strict=True)) if names else {}
+        return {name: found[name] if name in found else feeds[name] for name in self._tensors}
 
 
 # Below this a model is handed over whole.
@@ -95,9 +119,14 @@ def _shared_weights(model: onnx.ModelProto) -> tuple[bytes, list[str], list[ort.
 
 class _Runner:
     def __init__(
-        self, payload: bytes, threads: int | None, options: ort.SessionOptions | None = None
+        self,
+        payload: bytes,
+        threads: int | None,
+        options: ort.SessionOptions | None = None,
+        shared: Sequence[ort.OrtValue] = (),
     ) -> None:
         options = options or ort.SessionOptions()
+        self._shared = shared  # memory that the session reads as long as it lives
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1

@@ -34,21 +34,23 @@ def opset_of(model: onnx.ModelProto) -> int:
     )
 
 
-def upgrade(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return ``model``, converted to the oldest opset our functions are written for if it is older.
+def upgrade(model: onnx.ModelProto, opset: int = MINIMUM_OPSET) -> onnx.ModelProto:
+    """Return ``model``, converted to ``opset`` if it is older.
+
+    The default is the oldest opset our functions are written for.
 
     Raises:
         GraphError: ONNX's version converter cannot convert it.
     """
-    if opset_of(model) >= MINIMUM_OPSET:
+    if opset_of(model) >= opset:
         return model
     try:
-        return onnx.version_converter.convert_version(model, MINIMUM_OPSET)
+        return onnx.version_converter.convert_version(model, opset)
     except (RuntimeError, ValueError) as exc:
         raise GraphError(
-            f"The model uses opset {opset_of(model)} and cannot be converted to {MINIMUM_OPSET}.",
+            f"The model uses opset {opset_of(model)} and cannot be converted to {opset}.",
             f"ONNX's converter says: {str(exc).strip()}.",
-            f"Export it again with opset {MINIMUM_OPSET} or newer.",
+            f"Export it again with opset {opset} or newer.",
         ) from exc
 
 

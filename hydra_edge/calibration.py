@@ -1,0 +1,220 @@
+"""Calibration data, and the values that the tensors of a graph take on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from rich.progress import Progress
+
+from hydra_edge import scales
+from hydra_edge.artifacts.arrays import any_batch, check_arrays, load_dataset, to_numpy
+from hydra_edge.artifacts.files import read_bytes, sha256, write_atomic
+from hydra_edge.artifacts.graph import Graph, TensorSpec
+from hydra_edge.backends.onnxruntime import Observer
+from hydra_edge.errors import ArtifactError, InputError
+
+Array = npt.NDArray[np.generic]
+Calibration = (
+    str | Path | Array | Mapping[str, Array] | Iterable[Array] | Iterable[Mapping[str, Array]]
+)
+_BATCH = 32
+_WEIGHT_METHODS = ("minmax", "mse")
+_CACHE_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How scales are found.
+
+    Attributes:
+        method: For activations: ``"minmax"``, ``"percentile"``, ``"entropy"`` (smallest KL
+            divergence of the histogram) or ``"mse"`` (smallest squared error).
+        percentile: Share of values kept, in percent, for ``"percentile"``.
+        weights: For weights: ``"minmax"`` or ``"mse"``.
+        equalize: Move scale from wide channels to narrow ones, across layers, before quantizing.
+        correct_bias: Add to biases what quantization shifts their layers' outputs by on average.
+        cache: A file that remembers what was measured; it is used again while graph, data and
+            method stay the same, and written anew otherwise.
+        progress: Show a progress bar.
+    """
+
+    method: str = "minmax"
+    percentile: float = 99.99
+    weights: str = "minmax"
+    equalize: bool = False
+    correct_bias: bool = False
+    cache: str | Path | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for what, method, known in (
+            ("calibration method", self.method, scales.METHODS),
+            ("method for weights", self.weights, _WEIGHT_METHODS),
+        ):
+            if method not in known:
+                raise InputError(
+                    f"Unknown {what} '{method}'.",
+                    f"There are: {', '.join(known)}.",
+                    "Pick one of those.",
+                )
+        if not 50.0 < self.percentile <= 100.0:
+            raise InputError(
+                f"The calibration percentile is {self.percentile}.",
+                "It is the share of values kept, in percent.",
+                "Use a number above 50 and up to 100, e.g. 99.99.",
+            )
+
+
+class Samples:
+    """Calibration data, checked and cut into batches; it may be run through several times."""
+
+    def __init__(
+        self, calibration: Calibration, specs: tuple[TensorSpec, ...], *, progress: bool = False
+    ) -> None:
+        self.batches = list(_split(calibration, specs, _BATCH))
+        self.progress = progress
+        if not self.batches:
+            raise InputError(
+                "The calibration data is empty.",
+                "Activation scales come from at least one batch.",
+                "Pass a few hundred representative samples.",
+            )
+        # One per input, so that equal data cut into other batches has an equal digest.
+        hashes = {spec.name: hashlib.sha256() for spec in specs}
+        for feeds in self.batches:
+            for name, array in feeds.items():
+                if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                    raise InputError(
+                        f"The calibration data for '{name}' holds NaN or infinity.",
+                        "The scale of everything behind it would be lost.",
+                        "Remove those samples.",
+                    )
+                hashes[name].update(array.tobytes())
+        parts = [f"{name} {digest.hexdigest()}" for name, digest in sorted(hashes.items())]
+        self.digest = sha256("\n".join(parts).encode())
+
+    def __len__(self) -> int:
+        return sum(len(next(iter(feeds.values()))) for feeds in self.batches)
+
+    def run(
+        self, model: onnx.ModelProto, tensors: Sequence[str], what: str
+    ) -> Iterator[dict[str, Array]]:
+        """Values of ``tensors`` for batch after batch, with a progress bar."""
+        observer = Observer(model, tensors)
+        with Progress(disable=not self.progress, transient=True) as progress:
+            task = progress.add_task(what, total=len(self))
+            for feeds in self.batches:
+                yield observer.run(feeds)
+                progress.advance(task, len(next(iter(feeds.values()))))
+
+
+def thresholds(
+    model: onnx.ModelProto, tensors: Sequence[str], samples: Samples, options: CalibrationOptions
+) -> dict[str, float]:
+    """The largest magnitude of every tensor that is kept, by the method of ``options``.
+
+    The data runs through the graph once for the largest values and, unless those are all that is
+    asked for, once more for histograms. Cutting the data into other batches changes nothing.
+    """
+    tensors = sorted(set(tensors))
+    key = _key(model, tensors, samples, options)
+    if options.cache is not None and (known := _cached(Path(options.cache), key)) is not None:
+        return known
+    peaks = dict.fromkeys(tensors, 0.0)
+    for values in samples.run(model, tensors, "finding the largest values"):
+        for name, array in values.items():
+            peaks[name] = max(peaks[name], float(np.abs(array).max(initial=0.0)))
+    _require_finite(peaks)
+    found = peaks
+    if options.method != "minmax":
+        counts = {name: np.zeros(scales.BINS) for name, peak in peaks.items() if peak > 0}
+        for values in samples.run(model, sorted(counts), "counting values"):
+            for name, array in values.items():
+                counts[name] += scales.histogram(array, peaks[name])
+        limit = scales.LIMITS["int8"]
+        found = peaks | {
+            name: scales.threshold(count, peaks[name], options.method, options.percentile, limit)
+            for name, count in counts.items()
+        }
+    if options.cache is not None:
+        text = json.dumps({"schema": _CACHE_SCHEMA, "key": key, "thresholds": found}, indent=1)
+        write_atomic(options.cache, text.encode())
+    return found
+
+
+def _require_finite(peaks: Mapping[str, float]) -> None:
+    bad = next((name for name, peak in peaks.items() if not np.isfinite(peak)), None)
+    if bad is not None:
+        raise InputError(
+            f"The tensor '{bad}' holds NaN or infinity on the calibration data.",
+            "No scale fits such values.",
+            "Check the graph on this data in fp32 first.",
+        )
+
+
+def _key(
+    model: onnx.ModelProto, tensors: Sequence[str], samples: Samples, options: CalibrationOptions
+) -> str:
+    parts = [
+        Graph(model).sha256,
+        samples.digest,
+        options.method,
+        repr(options.percentile) if options.method == "percentile" else "",
+        *tensors,
+    ]
+    return sha256("\n".join(parts).encode())
+
+
+def _cached(path: Path, key: str) -> dict[str, float] | None:
+    """What an earlier run found for the same question; None when it was another one."""
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(read_bytes(path, "a calibration cache"))
+        if data["schema"] != _CACHE_SCHEMA or data["key"] != key:
+            return None
+        return {str(name): float(value) for name, value in data["thresholds"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ArtifactError(
+            f"'{path}' is not a calibration cache.",
+            f"Reading it failed: {exc!r}.",
+            "Name another file, or delete this one.",
+        ) from exc
+
+
+def _split(
+    calibration: Calibration, specs: tuple[TensorSpec, ...], size: int
+) -> Iterator[dict[str, Array]]:
+    """Whatever the user gave, checked, as batches of at most ``size`` samples by input name."""
+    fixed = specs[0].shape[0] if specs[0].shape else None
+    step = fixed if isinstance(fixed, int) else size
+    for given in _mappings(calibration, specs):
+        whole = check_arrays(given, any_batch(specs))
+        for start in range(0, len(whole[specs[0].name]), step):
+            batch = {name: array[start : start + step] for name, array in whole.items()}
+            yield check_arrays(batch, specs)
+
+
+def _mappings(
+    calibration: Calibration, specs: tuple[TensorSpec, ...]
+) -> Iterator[Mapping[str, Array]]:
+    if isinstance(calibration, str | Path):
+        calibration, _ = load_dataset(calibration, specs)
+    if not isinstance(calibration, Iterable):
+        raise InputError(
+            f"The calibration data is {calibration!r}.",
+            "It is an array, arrays by input name, a file of those, or batches of them.",
+            "Pass for example an array of a few hundred samples.",
+        )
+    single = isinstance(calibration, Mapping) or hasattr(calibration, "__dlpack__")
+    batches: Iterable[object] = [calibration] if single else calibration
+    for batch in batches:
+        given = batch if isinstance(batch, Mapping) else {specs[0].name: batch}
+        yield {name: to_numpy(value, name) for name, value in given.items()}
