@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+from rich.console import Console
 from rich.progress import Progress
 
 from hydra_edge import scales
@@ -108,7 +109,9 @@ class Samples:
     ) -> Iterator[dict[str, Array]]:
         """Values of ``tensors`` for batch after batch, with a progress bar."""
         observer = Observer(model, tensors)
-        with Progress(disable=not self.progress, transient=True) as progress:
+        console = Console(stderr=True)
+        shown = self.progress and console.is_terminal
+        with Progress(console=console, disable=not shown, transient=True) as progress:
             task = progress.add_task(what, total=len(self))
             for feeds in self.batches:
                 yield observer.run(feeds)

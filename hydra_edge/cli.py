@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast
 
 import typer
 
@@ -33,12 +33,16 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")]
 Batch = Annotated[str, typer.Option(help="Smallest, best and largest batch, e.g. 1,8,32.")]
 PrecisionText = Annotated[
-    str, typer.Option(help="fp32, fp16, int8, or parts: body=int8,heads=fp16.")
+    str,
+    typer.Option(
+        help="fp32, fp16, int8, int8-weight-only, int4-weight-only, fp8, or parts: "
+        "body=int8,heads=fp16,head.3=fp32,layer.NODE=fp16."
+    ),
 ]
 CalibrationFile = Annotated[
-    Path | None, typer.Option(help="Representative inputs (.npz or .npy), needed for int8.")
+    Path | None, typer.Option(help="Representative inputs (.npz or .npy), needed for int8 and fp8.")
 ]
-Method = Annotated[str, typer.Option("--method", help="minmax, entropy or percentile.")]
+Method = Annotated[str, typer.Option("--method", help="minmax, percentile, entropy or mse.")]
 DataFile = Annotated[Path, typer.Option(help="Inputs, and labels under 'labels' (.npz).")]
 
 
@@ -112,21 +116,82 @@ def export(
 @verb
 def quantize(
     graph: Path,
-    output: Output,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
     precision: PrecisionText = "int8",
     calibration: CalibrationFile = None,
     method: Method = "minmax",
+    weights: Annotated[str, typer.Option(help="Scales of weights: minmax or mse.")] = "minmax",
+    equalize: Annotated[
+        bool, typer.Option("--equalize", help="Balance the channels of neighbouring layers.")
+    ] = False,
+    correct_bias: Annotated[
+        bool, typer.Option("--correct-bias", help="Put the mean error of layers into biases.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="File that remembers what calibration measured.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Inputs, and labels under 'labels', to measure on (.npz).")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Say what each head and body layer costs alone.")
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Keep what is too sensitive in --fallback: accuracy=0.005,nll=0.01,…"),
+    ] = None,
+    fallback: Annotated[str, typer.Option(help="fp16 or fp32.")] = "fp16",
     as_json: JsonFlag = False,
 ) -> None:
     """Store and multiply body and heads in lower precision, explicitly in the graph."""
-    from hydra_edge import quantization
+    from hydra_edge import mixed_precision, sensitivity
+    from hydra_edge.artifacts.arrays import load_dataset
     from hydra_edge.artifacts.graph import Graph
+    from hydra_edge.quantization import CalibrationOptions, Precision, prepare
+    from hydra_edge.quantization import quantize as quantize_graph
 
-    options = quantization.CalibrationOptions(method=method, progress=not as_json)
-    result = quantization.quantize(
-        Graph.load(graph), precision, calibration=calibration, options=options
+    if output is None and not report:
+        raise UsageError(
+            "No output file was named.", "quantize writes a graph.", "Add -o FILE, or --report."
+        )
+    options = CalibrationOptions(
+        method=method,
+        weights=weights,
+        equalize=equalize,
+        correct_bias=correct_bias,
+        cache=cache,
+        progress=not as_json,
     )
-    terminal.save_graph(result, output, as_json)
+    source = Graph.load(graph)
+    if not report and budget is None:
+        result = quantize_graph(source, precision, calibration=calibration, options=options)
+        terminal.save_graph(result, cast(Path, output), as_json)
+        return
+    if data is None:
+        raise UsageError(
+            "There is nothing to measure on.",
+            "--report and --budget measure what low precision costs on data.",
+            "Add --data FILE.npz, with labels if accuracy matters.",
+        )
+    inputs, labels = load_dataset(data, source.inputs)
+    console = terminal.console_on()
+    study = sensitivity.Study(
+        source,
+        inputs,
+        labels,
+        prepare(source, calibration, options),
+        on_step=lambda step: console.print(f"[dim]{step} …[/]"),
+    )
+    if budget is None:
+        found = study.analyze(precision)
+        if output is not None:
+            study.prepared.apply(Precision(precision, precision)).save(output)
+        terminal.show_sensitivity(found, None, as_json)
+        return
+    mix = mixed_precision.fit(study, precision, mixed_precision.Budget.parse(budget), fallback)
+    if output is not None:
+        mix.graph.save(output)
+    terminal.show_sensitivity(mix.sensitivity, mix, as_json)
 
 
 @verb

@@ -27,6 +27,8 @@ from hydra_edge.fusion import explain
 
 if TYPE_CHECKING:
     from hydra_edge.artifacts.graph import Json
+    from hydra_edge.mixed_precision import Mix
+    from hydra_edge.sensitivity import Sensitivity
     from hydra_edge.verification import Verification
 
 Rows = dict[str, "Json"]
@@ -248,6 +250,24 @@ def verification_table(result: Verification) -> Table:
         worst = int(np.argmax(result.head_errors))
         error = result.head_errors[worst]
         lines.add_row("largest head error", f"{error:.4f}", f"head {worst}, relative RMS")
+    return lines
+
+
+def sensitivity_table(found: Sensitivity, mix: Mix | None) -> Table:
+    """One line per part; those that the mix keeps in more bits have a star."""
+    lines = Table(box=None, padding=(0, 2, 0, 0))
+    names = list(found.whole.losses)
+    lines.add_column("part", no_wrap=True)
+    for name in ("saved kB", *names):
+        lines.add_column(name, justify="right", no_wrap=True)
+    for part in (*found.parts, found.whole):
+        figures = [f"{part.losses[name]:+.2g}" for name in names]
+        kept = mix is not None and part.name in mix.kept
+        title = f"[yellow]{escape(part.name)}[/] *" if kept else escape(part.name)
+        lines.add_row(title, f"{part.saved_bytes / 1e3:,.0f}", *figures)
+    if mix is not None:
+        figures = [f"{mix.losses[name]:+.2g}" for name in names]
+        lines.add_row("[bold]the mix[/]", f"{mix.saved_bytes / 1e3:,.0f}", *figures)
     return lines
 
 

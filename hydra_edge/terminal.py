@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from hydra_edge.artifacts.graph import FusionGroup, Graph
     from hydra_edge.artifacts.report import Report
     from hydra_edge.compilation import CompileOptions
+    from hydra_edge.mixed_precision import Mix
+    from hydra_edge.sensitivity import Sensitivity
 
 
 def console_on(stderr: bool = True) -> Console:
@@ -50,6 +53,35 @@ def show_fusion(groups: Sequence[FusionGroup], as_json: bool, title: str) -> Non
         echo_json({"fusion": inspection.fusion_rows(groups)})
     else:
         show({"branches": inspection.describe_fusion(groups)}, as_json, title)
+
+
+def show_sensitivity(found: Sensitivity, mix: Mix | None, as_json: bool) -> None:
+    """Print what parts cost in low precision, and the mix inside a budget if one was wanted."""
+    from rich.markup import escape
+
+    from hydra_edge import inspection
+
+    if as_json:
+        rows: dict[str, object] = {"sensitivity": asdict(found)}
+        if mix is not None:
+            rows["mix"] = {
+                "precision": str(mix.precision),
+                "kept": list(mix.kept),
+                "losses": dict(mix.losses),
+                "saved_bytes": mix.saved_bytes,
+                "tried": mix.tried,
+            }
+        echo_json(rows)
+        return
+    console = console_on(stderr=False)
+    console.print(
+        f"By how much figures get worse when a part alone is {found.precision}, on "
+        f"{found.samples} samples:"
+    )
+    console.print(inspection.sensitivity_table(found, mix))
+    if mix is not None:
+        count = f"{len(mix.kept)} of {len(found.parts)} parts kept (*)"
+        console.print(f"[bold]{count}[/]: {escape(str(mix.precision))}")
 
 
 def echo_json(data: object) -> None:

@@ -113,6 +113,31 @@ def test_the_steps_one_by_one(files: Path, tmp_path: Path) -> None:
     assert (shown["kind"], shown["precision"], shown["heads"]) == ("model", "int8", HEADS)
 
 
+def test_what_parts_cost_and_a_mix_inside_a_budget(files: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.onnx"
+    arguments = (
+        *("quantize", files / "student.onnx", "--precision", "int4-weight-only"),
+        *("--data", files / "test.npz", "--json"),
+    )
+    done = hydra(*arguments, "--report")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["sensitivity"]
+    names = [part["name"] for part in found["parts"]]
+    assert names[:HEADS] == [f"head.{m}" for m in range(HEADS)]
+    assert len(names) == HEADS + 1
+    limit = 0.9 * found["whole"]["losses"]["mi"]
+    done = hydra(*arguments, "--budget", f"mi={limit}", "--fallback", "fp32", "-o", mixed)
+    assert done.exit_code == 0, done.output
+    mix = json.loads(done.stdout)["mix"]
+    assert mix["losses"]["mi"] <= limit
+    assert mix["kept"]
+    assert set(mix["kept"]) <= set(names)
+    assert he.Graph.load(mixed).metadata.precision == mix["precision"]
+    shown = hydra(*arguments[:-1], "--budget", f"mi={limit}", "--fallback", "fp32", "--report")
+    assert "the mix" in shown.stdout
+    assert f"{mix['kept'][0]} *" in shown.stdout
+
+
 def test_compile_quantizes_fuses_and_verifies(files: Path, tmp_path: Path) -> None:
     engine = tmp_path / "int8.hydra"
     done = hydra(
@@ -255,6 +280,13 @@ def test_bad_data(files: Path, tmp_path: Path, bad: str) -> None:
     [
         (["quantize", "student.onnx", "-o", "o"], 1, "int8 needs calibration data"),
         (["quantize", "student.onnx", "--precision", "int7", "-o", "o"], 1, "Unknown precision"),
+        (["quantize", "student.onnx"], 2, "No output file was named"),
+        (["quantize", "student.onnx", "--report"], 2, "There is nothing to measure on"),
+        (
+            ["quantize", "student.onnx", "--budget", "mi=x", "--data", "test.npz", "-o", "o"],
+            1,
+            "is not NAME=NUMBER",
+        ),
         (["compile", "student.onnx", "--target", "toaster", "-o", "o"], 1, "Unknown target"),
         (["compile", "student.onnx", "--batch", "1,8", "-o", "o"], 1, "--batch names 2 sizes"),
         (["compile", "student.onnx", "--batch", "a", "-o", "o"], 1, "--batch is 'a'"),
