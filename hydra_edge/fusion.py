@@ -62,7 +62,14 @@ def fuse(graph: Graph) -> Graph:
 
 def explain(graph: Graph) -> tuple[FusionGroup, ...]:
     """What `fuse` would do, without building or checking the result."""
-    return tuple(group for _, group in _round(surgery.open_model(graph.model), {}))
+    return tuple(group for _, group in _round(_open(graph), {}, []))
+
+
+def _open(graph: Graph) -> gs.Graph:
+    """Without the nodes that no output needs, which would count as users of what they read."""
+    surgeon = surgery.open_model(graph.model)
+    surgery.sort(surgeon)
+    return surgeon
 
 
 class _Attempt:
@@ -72,9 +79,10 @@ class _Attempt:
         self.source = graph
         self.fused: dict[Key, FusionGroup] = {}
         self.left: tuple[FusionGroup, ...] = ()
-        surgeon = surgery.open_model(graph.model)
+        surgeon = _open(graph)
+        deferred: list[surgery.Deferred] = []
         for index in range(_ROUNDS):
-            found = _round(surgeon, refused)
+            found = _round(surgeon, refused, deferred)
             fused = {key: group for key, group in found if group.fused}
             self.fused |= fused
             if not index:  # later rounds see our own nodes, whose reasons mean nothing to anybody
@@ -83,7 +91,7 @@ class _Attempt:
                 break
         if self.fused:
             earlier = tuple(group for group in graph.fusion if group.fused)
-            model = surgery.close_model(surgeon, like=graph.model)
+            model = surgery.close_model(surgeon, like=graph.model, deferred=deferred)
             groups = (*earlier, *self.fused.values(), *self.left)
             self.result = graph.derive(model, "fuse", fusion=groups)
 
@@ -111,7 +119,9 @@ class _Attempt:
         )
 
 
-def _round(surgeon: gs.Graph, refused: Mapping[Key, Reason]) -> list[tuple[Key, FusionGroup]]:
+def _round(
+    surgeon: gs.Graph, refused: Mapping[Key, Reason], deferred: list[surgery.Deferred]
+) -> list[tuple[Key, FusionGroup]]:
     """Fuse what can be; inner joins of branches that were fused are gone and not reported."""
     groups = []
     consumed: set[int] = set()
@@ -124,7 +134,7 @@ def _round(surgeon: gs.Graph, refused: Mapping[Key, Reason]) -> list[tuple[Key, 
         if key in refused and not candidate.problem:
             problem, code = refused[key]
             candidate = replace(candidate, problem=problem, code=code)
-        group = _fuse_one(surgeon, candidate)
+        group = _fuse_one(surgeon, candidate, deferred)
         if group.fused:
             consumed |= nodes | {id(node) for node in candidate.join.nodes}
         elif candidate.join.is_reduction and not candidate.problem:
@@ -134,7 +144,9 @@ def _round(surgeon: gs.Graph, refused: Mapping[Key, Reason]) -> list[tuple[Key, 
     return groups[::-1]
 
 
-def _fuse_one(surgeon: gs.Graph, candidate: Branches) -> FusionGroup:
+def _fuse_one(
+    surgeon: gs.Graph, candidate: Branches, deferred: list[surgery.Deferred]
+) -> FusionGroup:
     problem, code = candidate.problem, candidate.code
     if not problem:
         prefix = surgery.fresh_name(surgeon, "hydra")
@@ -144,6 +156,8 @@ def _fuse_one(surgeon: gs.Graph, candidate: Branches) -> FusionGroup:
         except UnsupportedError as exc:
             stacker.discard()
             problem, code = str(exc), exc.code
+        else:
+            deferred.extend(stacker.deferred)
     flops, weight_bytes = _cost(candidate)
     return FusionGroup(
         source=candidate.source(),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.inliner
 import onnx.shape_inference
 import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from hydra_edge import ops, weightless
 from hydra_edge.errors import GraphError
 
+Array = npt.NDArray[np.generic]
 _NOT_IN_NUMPY = frozenset(
     {
         onnx.TensorProto.BFLOAT16,
@@ -25,6 +29,12 @@ _NOT_IN_NUMPY = frozenset(
         onnx.TensorProto.FLOAT8E5M2FNUZ,
     }
 )
+# How exporters compute axes; shapes have few of them.
+_ARITHMETIC = frozenset({
+    "Add", "Cast", "Concat", "Div", "Gather", "Mod", "Mul", "Neg", "Reshape", "Squeeze", "Sub",
+    "Unsqueeze",
+})  # fmt: skip
+_MOST_AXES = 32
 
 
 def open_model(model: onnx.ModelProto, opset: int = ops.MINIMUM_OPSET) -> gs.Graph:
@@ -42,6 +52,7 @@ def open_model(model: onnx.ModelProto, opset: int = ops.MINIMUM_OPSET) -> gs.Gra
         for name, proto in weights.items():
             if name in tensors:
                 tensors[name].to_constant(LazyValues(proto))
+                tensors[name].proto = proto
         for proto in (*light.graph.initializer, *weights.values()):
             if proto.data_type in _NOT_IN_NUMPY and proto.name in tensors:
                 # GraphSurgeon would warn on every use; ONNX gives arrays of ml_dtypes.
@@ -51,11 +62,52 @@ def open_model(model: onnx.ModelProto, opset: int = ops.MINIMUM_OPSET) -> gs.Gra
         return graph
 
 
-def close_model(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn ``graph`` back into a model with the producer and metadata of ``like``."""
+def read(tensor: gs.Constant) -> Array:
+    """The values of a constant that nobody changed since `open_model`.
+
+    GraphSurgeon would keep a copy of every weight that it was once asked for.
+    """
+    proto = getattr(tensor, "proto", None)
+    return np.asarray(tensor.values if proto is None else onnx.numpy_helper.to_array(proto))
+
+
+class Deferred(LazyValues):  # type: ignore[misc]
+    """A new weight that `close_model` moves into the model when all else of it is there.
+
+    Until then there is a stub: GraphSurgeon and ONNX copy three times what they put together.
+    """
+
+    def __init__(self, name: str, values: Array) -> None:
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        super().__init__(onnx.TensorProto(name=name, data_type=dtype, dims=values.shape))
+        self.values: Array | None = values
+
+    def load(self) -> Array:
+        """The values."""
+        assert self.values is not None, "the model is closed"
+        return self.values
+
+    def take(self) -> bytes:
+        """The values as they are stored, which are given up for them."""
+        data = self.load().tobytes()
+        self.values = None
+        return data
+
+
+def close_model(
+    graph: gs.Graph, like: onnx.ModelProto, deferred: Sequence[Deferred] = ()
+) -> onnx.ModelProto:
+    """Turn ``graph`` back into a model with the producer and metadata of ``like``.
+
+    ``deferred`` are all the weights in ``graph`` that are `Deferred`; they cannot be read again.
+    """
     with _mapped("write"), G_LOGGER.suppress():
         sort(graph)
         model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
+        waiting = {weight.tensor.name: weight for weight in deferred}
+        for tensor in model.graph.initializer:
+            if tensor.name in waiting and not tensor.HasField("raw_data"):
+                tensor.raw_data = waiting[tensor.name].take()
     ops.declare(model)
     model.ir_version = max(model.ir_version, 8)
     _keep_declarations(model, like)
@@ -115,9 +167,10 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model`` with the shapes that can be inferred; passes check those they need.
 
-    ONNX infers nothing for GroupNormalization, which keeps the shape of its input.
+    ONNX infers nothing for GroupNormalization, which keeps the shape of its input, nor from
+    arithmetic on constants, in which TorchScript's exporter hides where to cut a shape.
     """
-    hidden = {}
+    hidden = _computed(model)
     for index, node in enumerate(model.graph.node):
         if node.op_type == "GroupNormalization" and node.domain in ("", "ai.onnx"):
             hidden[index] = onnx.NodeProto()
@@ -129,6 +182,39 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     for index, node in hidden.items():
         model.graph.node[index].CopyFrom(node)
     return model
+
+
+def _computed(model: onnx.ModelProto) -> dict[int, onnx.NodeProto]:
+    """Put constants in the place of nodes that compute axes from constants; returns those nodes."""
+    known = {t.name: t for t in model.graph.initializer if _is_list(t)}
+    replaced = {}
+    for index, node in enumerate(model.graph.node):
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            if _is_list(node.attribute[0].t):
+                known[node.output[0]] = node.attribute[0].t
+        elif node.op_type in _ARITHMETIC and not node.domain and known.keys() >= set(node.input):
+            tensor = _value_of(node, [known[name] for name in node.input])
+            if tensor is None:
+                continue
+            replaced[index] = onnx.NodeProto()
+            replaced[index].CopyFrom(node)
+            node.CopyFrom(onnx.helper.make_node("Constant", [], node.output, value=tensor))
+            known[node.output[0]] = tensor
+    return replaced
+
+
+def _value_of(node: onnx.NodeProto, operands: list[onnx.TensorProto]) -> onnx.TensorProto | None:
+    feeds = {n: onnx.numpy_helper.to_array(t) for n, t in zip(node.input, operands, strict=True)}
+    try:
+        (values,) = ReferenceEvaluator(node).run(None, feeds)
+    except Exception:  # it raises whatever its parts raise
+        return None
+    return onnx.numpy_helper.from_array(np.asarray(values))
+
+
+def _is_list(tensor: onnx.TensorProto) -> bool:
+    integers = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+    return tensor.data_type in integers and math.prod(tensor.dims) <= _MOST_AXES
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ that is also several times faster, because weights are not copied back and forth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import onnx
 from google.protobuf.message import Message
@@ -17,8 +17,12 @@ from onnx import TensorProto
 SMALL_BYTES = 1024
 
 
-def split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, TensorProto]]:
+def split(
+    model: onnx.ModelProto, types: Container[int] | None = None
+) -> tuple[onnx.ModelProto, dict[str, TensorProto]]:
     """A copy of ``model`` in which large weights are graph inputs, and those weights by name.
+
+    With ``types``, only weights of those ONNX data types.
 
     The weights are those of ``model`` itself, not copies.
     """
@@ -27,15 +31,19 @@ def split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, TensorProt
     _copy(model.graph, light.graph, "initializer", "node")
     written = {value.name for value in model.graph.output}  # an output needs what writes it
     weights: dict[str, TensorProto] = {}
+
+    def taken(tensor: TensorProto, name: str) -> bool:
+        large = size_of(tensor) > SMALL_BYTES and name not in written
+        return large and (types is None or tensor.data_type in types)
+
     for tensor in model.graph.initializer:
-        if size_of(tensor) > SMALL_BYTES and tensor.name not in written:
+        if taken(tensor, tensor.name):
             weights[tensor.name] = tensor
         else:
             light.graph.initializer.append(tensor)
     for node in model.graph.node:
         value = _constant(node)
-        large = value is not None and size_of(value) > SMALL_BYTES
-        if value is not None and large and node.output[0] not in written:
+        if value is not None and taken(value, node.output[0]):
             weights[node.output[0]] = value
         else:
             light.graph.node.append(node)

@@ -6,6 +6,7 @@ ONNX Runtime's optimized form depends on the CPU it was made on.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -54,19 +55,7 @@ def evaluate(
         InputError: It refused the inputs.
     """
     names = list(outputs or [value.name for value in model.graph.output])
-    runner = _judge(model)
-    return dict(zip(names, runner.run(feeds, names), strict=True))
-
-
-def _judge(model: onnx.ModelProto) -> _Runner:
-    """Runs a model as it is written: not optimized, and no weight copied for a few runs."""
-    payload, weights, values = _shared_weights(model)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    if weights:
-        options.add_external_initializers(weights, values)
-    return _Runner(payload, None, options, values)
+    return dict(zip(names, _Judge(model).run(feeds, names), strict=True))
 
 
 class Observer:
@@ -80,41 +69,65 @@ class Observer:
             if name not in known:  # ONNX Runtime infers type and shape itself
                 seen.graph.output.append(onnx.ValueInfoProto(name=name))
         self._inputs = {value.name for value in seen.graph.input}
-        self._runner = _judge(seen)
+        self._judge = _Judge(seen)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors' values by name; inputs are passed through."""
         names = [name for name in self._tensors if name not in self._inputs]
-        found = dict(zip(names, self._runner.run(feeds, names), strict=True)) if names else {}
+        found = dict(zip(names, self._judge.run(feeds, names), strict=True)) if names else {}
         return {name: found[name] if name in found else feeds[name] for name in self._tensors}
+
+
+class _Judge:
+    """Runs a model as it is written: not optimized, and with one copy of its weights at most.
+
+    ONNX Runtime copies initializers, also those in memory it is shown, but not what it is fed.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # it grows in powers of two
+        self._weights: dict[str, Array] = {}
+        if weightless.total_bytes(model) > _WHOLE_BYTES:
+            model, weights = weightless.split(model, _FEEDABLE)
+            self._weights = _arrays(weights)
+        self._runner = _Runner(model.SerializeToString(), None, options)
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        return self._runner.run({**feeds, **self._weights}, outputs)
 
 
 # Below this a model is handed over whole.
 _WHOLE_BYTES = 1 << 20
-_SHAREABLE = frozenset(
+_ALIGNMENT = 64  # bytes of a cache line
+_OWN_PIECE_BYTES = 1 << 25  # from here on glibc gives every array pages of its own
+_FEEDABLE = frozenset(
     onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name))
     for name in ("float16", "float32", "float64", "int8", "uint8", "int32", "int64")
 )
 
 
-def _shared_weights(model: onnx.ModelProto) -> tuple[bytes, list[str], list[ort.OrtValue]]:
-    """``model`` serialized without its large weights, and those, in memory ONNX Runtime shares."""
-    if weightless.total_bytes(model) <= _WHOLE_BYTES:
-        return model.SerializeToString(), [], []
-    names: list[str] = []
-    values: list[ort.OrtValue] = []
-
-    def stub(tensor: onnx.TensorProto) -> onnx.TensorProto | None:
-        if weightless.size_of(tensor) <= weightless.SMALL_BYTES:
-            return None
-        if tensor.data_type not in _SHAREABLE:
-            return None
-        array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor))
-        names.append(tensor.name)
-        values.append(ort.OrtValue.ortvalue_from_numpy(array))
-        return weightless.external(tensor, "memory", 0, array.nbytes)
-
-    return weightless.without_data(model, stub).SerializeToString(), names, values
+def _arrays(weights: Mapping[str, onnx.TensorProto]) -> dict[str, Array]:
+    """The small ones in one piece of memory: unlike many pieces it goes back to the system."""
+    arrays: dict[str, Array] = {}
+    small: dict[str, int] = {}
+    for name, tensor in weights.items():
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        size = math.prod(tensor.dims) * dtype.itemsize
+        if size < _OWN_PIECE_BYTES:
+            small[name] = -(-size // _ALIGNMENT) * _ALIGNMENT
+        else:
+            arrays[name] = onnx.numpy_helper.to_array(tensor)
+    block = np.empty(sum(small.values()), np.uint8)
+    start = 0
+    for name, size in small.items():
+        values = onnx.numpy_helper.to_array(weights[name])
+        arrays[name] = block[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+        arrays[name][...] = values
+        start += size
+    return arrays
 
 
 class _Runner:
@@ -123,10 +136,8 @@ class _Runner:
         payload: bytes,
         threads: int | None,
         options: ort.SessionOptions | None = None,
-        shared: Sequence[ort.OrtValue] = (),
     ) -> None:
         options = options or ort.SessionOptions()
-        self._shared = shared  # memory that the session reads as long as it lives
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1

@@ -116,8 +116,7 @@ def _layer(
     """One grouped matmul: ``alpha * x @ weight + offset``, in integers where both sides are."""
     stored = quantized(stacker, product.inputs[1])
     if stored is None or (stored.block and stored.block_axis != (2 if swapped else 1)):
-        weight = stacker.arrays(product.inputs[1])
-        weight = weight.swapaxes(1, 2) if swapped else weight
+        weight = stacker.arrays(product.inputs[1], swapped=swapped)
         # A Python float is a weak scalar: it does not change the dtype of the weights.
         weight = weight if alpha == 1.0 else np.multiply(weight, alpha)
         return _grouped(stacker, step, product, x, "GroupedMatMul", [weight], offset)

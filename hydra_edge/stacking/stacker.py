@@ -21,7 +21,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from hydra_edge import ops
+from hydra_edge import ops, surgery, weightless
 from hydra_edge.branches import OPERATOR, UNKNOWN, Branches, Shared, Step, Value, Weights
 from hydra_edge.folding import evaluate, is_plain
 
@@ -78,6 +78,7 @@ class Stacker:
         self.heads_count = candidate.heads
         self.opset = opset
         self.nodes: list[gs.Node] = []
+        self.deferred: list[surgery.Deferred] = []  # the weights of those nodes
         self._rules = rules
         self._prefix = prefix
         self._names = 0
@@ -174,8 +175,10 @@ class Stacker:
         first = np.asarray(value.tensors[0].values)
         return Emitted(self.constant(first), first.shape, SHARED)
 
-    def arrays(self, value: Value | None) -> Array:
+    def arrays(self, value: Value | None, *, swapped: bool = False) -> Array:
         """The constant of every branch, ``[M, ...]``; dequantized weights as floats.
+
+        ``swapped`` matrices are ``[M, columns, rows]``.
 
         Raises:
             UnsupportedError: The operand is computed from an input.
@@ -183,7 +186,15 @@ class Stacker:
         if value is None or not is_constant(value):
             raise UnsupportedError("an operand that must be constant is computed")
         if isinstance(value, Weights):
-            return np.stack([np.asarray(tensor.values) for tensor in value.tensors])
+            first = surgery.read(value.tensors[0])
+            shape = first.shape[::-1] if swapped else first.shape
+            stacked = np.empty((len(value.tensors), *shape), first.dtype)
+            for head, tensor in enumerate(value.tensors):
+                array = surgery.read(tensor)
+                stacked[head] = array.T if swapped else array
+            return stacked
+        if swapped:
+            return self.arrays(value).swapaxes(1, 2)
         if isinstance(value, Shared):
             values = np.asarray(value.tensor.values)
             return np.broadcast_to(values, (self.heads_count, *values.shape))
@@ -378,11 +389,14 @@ class Stacker:
 
     def constant(self, values: Array) -> gs.Constant:
         """A new constant."""
-        array = np.array(values, order="C")
+        array = np.asarray(values, order="C")
         name = self._name("weight")
         if array.dtype.name in ("int4", "uint4"):  # GraphSurgeon would not pack two in a byte
             return gs.Constant(name, LazyValues(onnx.numpy_helper.from_array(array, name)))
-        return gs.Constant(name, array)
+        if array.nbytes <= weightless.SMALL_BYTES:
+            return gs.Constant(name, array.copy())
+        self.deferred.append(surgery.Deferred(name, array))
+        return gs.Constant(name, self.deferred[-1])
 
     def _name(self, stem: str) -> str:
         self._names += 1
