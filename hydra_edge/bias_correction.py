@@ -14,9 +14,10 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from hydra_edge import surgery
+from hydra_edge import qdq, surgery
 from hydra_edge.calibration import Samples
 
+_BIASED = ("Conv", "ConvTranspose", "Gemm")  # their outputs have channels on axis 1
 Means = Mapping[str, npt.NDArray[np.float64]]
 
 
@@ -32,12 +33,16 @@ def correct(
         samples: Calibration data.
     """
     graph = surgery.open_model(model)
-    nodes = [n for n in graph.nodes if n.name in set(names) and n.op in ("Conv", "Gemm")]
+    nodes = [n for n in graph.nodes if n.name in set(names) and n.op in _BIASED]
+    if not nodes:
+        return model
     expected = _means(reference, nodes, samples)
+    taken = set(graph.tensors())
     for level in _levels(graph, nodes):
         found = _means(surgery.close_model(graph.copy(), like=model), level, samples)
         for node in level:
-            _shift(node, expected[node.outputs[0].name] - found[node.outputs[0].name])
+            shift = expected[node.outputs[0].name] - found[node.outputs[0].name]
+            _shift(node, shift, qdq.unused(f"{node.name}_corrected_bias", taken))
     return surgery.close_model(graph, like=model)
 
 
@@ -58,25 +63,24 @@ def _levels(graph: gs.Graph, nodes: Sequence[gs.Node]) -> list[list[gs.Node]]:
 def _means(model: onnx.ModelProto, nodes: Sequence[gs.Node], samples: Samples) -> Means:
     """Mean output per channel, over samples and positions."""
     names = [str(node.outputs[0].name) for node in nodes]
-    totals: dict[str, npt.NDArray[np.float64]] = {}
-    count = 0
+    totals: dict[str, npt.NDArray[np.float64]] = dict.fromkeys(names, np.zeros(()))
+    counts = dict.fromkeys(names, 0)
     for values in samples.run(model, names, "correcting biases"):
         for name, array in values.items():
             axes = tuple(axis for axis in range(array.ndim) if axis != 1)
-            mean = np.asarray(array, np.float64).mean(axes) * len(array)
-            totals[name] = totals.get(name, np.zeros(mean.shape)) + mean
-        count += len(next(iter(values.values())))
-    return {name: total / count for name, total in totals.items()}
+            totals[name] = totals[name] + np.sum(array, axes, np.float64)
+            counts[name] += array.size // array.shape[1]
+    return {name: total / max(counts[name], 1) for name, total in totals.items()}
 
 
-def _shift(node: gs.Node, shift: npt.NDArray[np.float64]) -> None:
+def _shift(node: gs.Node, shift: npt.NDArray[np.float64], name: str) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     if bias is not None and not isinstance(bias, gs.Constant):
         return
     beta = float(node.attrs.get("beta", 1.0)) if node.op == "Gemm" else 1.0
     old = np.zeros(shift.shape) if bias is None else np.asarray(bias.values, np.float64) * beta
     values = np.broadcast_to(old, (*old.shape[:-1], len(shift))) + shift
-    constant = gs.Constant(f"{node.name}_corrected_bias", values.astype(np.float32))
+    constant = gs.Constant(name, values.astype(np.float32))
     if node.op == "Gemm":
         node.attrs["beta"] = 1.0
     node.inputs = [*node.inputs[:2], constant]

@@ -323,9 +323,18 @@ def _position(node: gs.Node, tensor: gs.Tensor) -> int:
     return next(index for index, output in enumerate(node.outputs) if output is tensor)
 
 
+def _picks_its_part(step: Step) -> bool:
+    """Whether a branch begins here, with its part of a shared tensor: others may read that, too."""
+    return step.op == "Gather" and not any(isinstance(value, Step) for value in step.inputs)
+
+
 def _escape(graph: gs.Graph, branches: Branches, folder: Folder) -> str:
     """Why an inner value is needed outside the branches, or an empty string."""
-    steps = [step for step in branches.steps if not folder.is_derived(step.output)]
+    steps = [
+        step
+        for step in branches.steps
+        if not folder.is_derived(step.output) and not _picks_its_part(step)
+    ]
     inside = {id(node) for step in steps for node in step.nodes}
     inside |= {id(node) for node in branches.join.nodes}
     results = {id(tensor) for tensor in branches.join.results}

@@ -27,7 +27,9 @@ Calibration = (
 )
 _BATCH = 32
 _WEIGHT_METHODS = ("minmax", "mse")
-_CACHE_SCHEMA = 1
+_CACHE_SCHEMA = 2
+# A cut in so small a part of a histogram is known to a few bins only.
+_COARSE = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class CalibrationOptions:
     """How scales are found.
 
     Attributes:
-        method: For activations: ``"minmax"``, ``"percentile"``, ``"entropy"`` (smallest KL
-            divergence of the histogram) or ``"mse"`` (smallest squared error).
-        percentile: Share of values kept, in percent, for ``"percentile"``.
+        method: For activations in int8: ``"minmax"``, ``"percentile"``, ``"entropy"`` (smallest KL
+            divergence of the histogram) or ``"mse"`` (smallest squared error). Those in fp8,
+            whose steps shrink with the values, always keep the largest.
+        percentile: Share of values other than 0 that is kept, in percent, for ``"percentile"``.
         weights: For weights: ``"minmax"`` or ``"mse"``.
         equalize: Move scale from wide channels to narrow ones, across layers, before quantizing.
         correct_bias: Add to biases what quantization shifts their layers' outputs by on average.
-        cache: A file that remembers what was measured; it is used again while graph, data and
-            method stay the same, and written anew otherwise.
+        cache: A file that remembers what was measured; that is used again for the same graph,
+            data and method, and anything else is measured and added.
         progress: Show a progress bar.
     """
 
@@ -89,6 +92,7 @@ class Samples:
             )
         # One per input, so that equal data cut into other batches has an equal digest.
         hashes = {spec.name: hashlib.sha256() for spec in specs}
+        shapes: dict[str, tuple[int, ...]] = {}
         for feeds in self.batches:
             for name, array in feeds.items():
                 if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
@@ -97,6 +101,9 @@ class Samples:
                         "The scale of everything behind it would be lost.",
                         "Remove those samples.",
                     )
+                if shapes.get(name) != array.shape[1:]:  # axes of no fixed size
+                    shapes[name] = array.shape[1:]
+                    hashes[name].update(repr(array.shape[1:]).encode())
                 hashes[name].update(array.tobytes())
         parts = [f"{name} {digest.hexdigest()}" for name, digest in sorted(hashes.items())]
         self.digest = sha256("\n".join(parts).encode())
@@ -125,30 +132,49 @@ def thresholds(
 
     The data runs through the graph once for the largest values and, unless those are all that is
     asked for, once more for histograms. Cutting the data into other batches changes nothing.
+
+    Raises:
+        InputError: A tensor takes values without a range.
+        ArtifactError: The cache is something else.
     """
     tensors = sorted(set(tensors))
-    key = _key(model, tensors, samples, options)
-    if options.cache is not None and (known := _cached(Path(options.cache), key)) is not None:
-        return known
+    if options.cache is None:
+        return _measured(model, tensors, samples, options)
+    key, path = _key(model, tensors, samples, options), Path(options.cache)
+    known = _cached(path)
+    if key not in known:
+        known[key] = _measured(model, tensors, samples, options)
+        text = json.dumps({"schema": _CACHE_SCHEMA, "measured": known}, indent=1)
+        write_atomic(path, text.encode())
+    return known[key]
+
+
+def _measured(
+    model: onnx.ModelProto, tensors: Sequence[str], samples: Samples, options: CalibrationOptions
+) -> dict[str, float]:
     peaks = dict.fromkeys(tensors, 0.0)
     for values in samples.run(model, tensors, "finding the largest values"):
         for name, array in values.items():
-            peaks[name] = max(peaks[name], float(np.abs(array).max(initial=0.0)))
+            peak = np.abs(array).max(initial=0.0)
+            peaks[name] = float(np.maximum(peaks[name], peak))  # NaN stays NaN, unlike in max()
     _require_finite(peaks)
-    found = peaks
-    if options.method != "minmax":
-        counts = {name: np.zeros(scales.BINS) for name, peak in peaks.items() if peak > 0}
-        for values in samples.run(model, sorted(counts), "counting values"):
+    if options.method == "minmax":
+        return peaks
+    found, tops = peaks, {name: peak for name, peak in peaks.items() if peak > 0}
+    while tops:
+        counts = {name: np.zeros(scales.BINS) for name in tops}
+        for values in samples.run(model, sorted(tops), "counting values"):
             for name, array in values.items():
-                counts[name] += scales.histogram(array, peaks[name])
+                counts[name] += scales.histogram(array, tops[name])
         limit = scales.LIMITS["int8"]
-        found = peaks | {
-            name: scales.threshold(count, peaks[name], options.method, options.percentile, limit)
+        cuts = {
+            name: scales.threshold(count, tops[name], options.method, options.percentile, limit)
             for name, count in counts.items()
         }
-    if options.cache is not None:
-        text = json.dumps({"schema": _CACHE_SCHEMA, "key": key, "thresholds": found}, indent=1)
-        write_atomic(options.cache, text.encode())
+        found = found | cuts
+        # A far outlier leaves all other values in a few bins; the others look at it themselves.
+        closer = options.method == "percentile"
+        tops = {n: cut for n, cut in cuts.items() if closer and cut <= _COARSE * tops[n]}
     return found
 
 
@@ -175,15 +201,18 @@ def _key(
     return sha256("\n".join(parts).encode())
 
 
-def _cached(path: Path, key: str) -> dict[str, float] | None:
-    """What an earlier run found for the same question; None when it was another one."""
+def _cached(path: Path) -> dict[str, dict[str, float]]:
+    """What earlier runs found, by question."""
     if not path.exists():
-        return None
+        return {}
     try:
         data = json.loads(read_bytes(path, "a calibration cache"))
-        if data["schema"] != _CACHE_SCHEMA or data["key"] != key:
-            return None
-        return {str(name): float(value) for name, value in data["thresholds"].items()}
+        if data["schema"] != _CACHE_SCHEMA:
+            return {}
+        return {
+            str(key): {str(name): float(value) for name, value in found.items()}
+            for key, found in data["measured"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ArtifactError(
             f"'{path}' is not a calibration cache.",
@@ -195,14 +224,28 @@ def _cached(path: Path, key: str) -> dict[str, float] | None:
 def _split(
     calibration: Calibration, specs: tuple[TensorSpec, ...], size: int
 ) -> Iterator[dict[str, Array]]:
-    """Whatever the user gave, checked, as batches of at most ``size`` samples by input name."""
+    """Whatever the user gave, checked, as batches of ``size`` samples by input name.
+
+    Samples of equal shape fill up each other's batches, because results of a matmul depend on the
+    batch in the last bits: with the user's own batches, so would thresholds.
+    """
     fixed = specs[0].shape[0] if specs[0].shape else None
     step = fixed if isinstance(fixed, int) else size
+    rest: dict[str, Array] = {}
     for given in _mappings(calibration, specs):
         whole = check_arrays(given, any_batch(specs))
-        for start in range(0, len(whole[specs[0].name]), step):
+        if rest and any(rest[name].shape[1:] != array.shape[1:] for name, array in whole.items()):
+            yield check_arrays(rest, specs)
+        elif rest:
+            whole = {name: np.concatenate([rest[name], array]) for name, array in whole.items()}
+        count = len(whole[specs[0].name])
+        full = count - count % step
+        for start in range(0, full, step):
             batch = {name: array[start : start + step] for name, array in whole.items()}
             yield check_arrays(batch, specs)
+        rest = {name: array[full:] for name, array in whole.items()} if full < count else {}
+    if rest:
+        yield check_arrays(rest, specs)
 
 
 def _mappings(

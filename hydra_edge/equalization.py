@@ -18,14 +18,14 @@ import onnx_graphsurgeon as gs
 from hydra_edge import surgery
 from hydra_edge.qdq import weight_of
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.float64]
 
 _HOMOGENEOUS = (
     "AveragePool Dropout Flatten GlobalAveragePool GlobalMaxPool Identity LeakyRelu MaxPool Relu"
 )
 _SWEEPS = 20
 _TOLERANCE = 1e-3
-# A channel that is nearly dead is left as it is: its scale would blow up the noise in it.
+# A channel this small next to the largest is dead: its scale would blow up the noise in it.
 _SMALLEST = 1e-6
 
 
@@ -36,7 +36,7 @@ def equalize(model: onnx.ModelProto) -> onnx.ModelProto:
     pairs = [
         (first, second)
         for first in graph.nodes
-        if first.op in ("Conv", "Gemm") and _own_weight(first)
+        if first.op in ("Conv", "Gemm") and _own_weight(first, outputs)
         for second in _follower(first, outputs)
     ]
     for _ in range(_SWEEPS):
@@ -52,65 +52,74 @@ def _follower(first: gs.Node, outputs: set[int]) -> list[gs.Node]:
     while id(tensor) not in outputs and len(tensor.outputs) == 1:
         node = tensor.outputs[0]
         if node.op in ("Conv", "Gemm") and node.inputs[0] is tensor:
-            fits = _own_weight(node) and not node.attrs.get("transA", 0)
-            return [node] if fits and _channels_in(node) == _channels_out(first) else []
-        if node.op not in _HOMOGENEOUS.split():
+            return [node] if _own_weight(node, outputs) and _fits(first, node) else []
+        if node.op not in _HOMOGENEOUS.split() or not _keeps_channels(node):
             return []
         tensor = node.outputs[0]
     return []
 
 
-def _own_weight(node: gs.Node) -> bool:
-    """Whether the layer's weight and bias are constants that no other layer reads."""
+def _keeps_channels(node: gs.Node) -> bool:
+    """Whether channels stay on axis 1; where Flatten adds positions to them, sizes do not fit."""
+    return node.op != "Flatten" or node.attrs.get("axis", 1) == 1
+
+
+def _own_weight(node: gs.Node, outputs: set[int]) -> bool:
+    """Whether the layer's weight and bias are constants that nothing else reads."""
     weight = weight_of(node)
     constants = [weight, *node.inputs[2:3]]
-    return all(isinstance(c, gs.Constant) and len(c.outputs) == 1 for c in constants)
+    return all(
+        isinstance(c, gs.Constant) and len(c.outputs) == 1 and id(c) not in outputs
+        for c in constants
+    )
 
 
-def _channels_out(node: gs.Node) -> int:
-    return len(_rows_out(node))
+def _fits(first: gs.Node, second: gs.Node) -> bool:
+    """Whether the channels that one writes are those that the other reads, one by one."""
+    axis = _axis_in(second)
+    if axis is None or second.attrs.get("transA", 0):
+        return False
+    return bool(first.inputs[1].shape[_axis_out(first)] == second.inputs[1].shape[axis])
 
 
-def _channels_in(node: gs.Node) -> int:
-    return len(_rows_in(node))
+def _axis_out(node: gs.Node) -> int:
+    """The axis of output channels in the weight."""
+    return 1 if node.op == "Gemm" and not node.attrs.get("transB", 0) else 0
 
 
-def _rows_out(node: gs.Node) -> Array:
-    """The weight, output channels first; a view."""
-    values = node.inputs[1].values
-    if node.op == "Gemm" and not node.attrs.get("transB", 0):
-        return np.asarray(values).T
-    return np.asarray(values)
-
-
-def _rows_in(node: gs.Node) -> Array:
-    """The weight, input channels first; a view. Of grouped convolutions only depthwise ones."""
-    values = np.asarray(node.inputs[1].values)
+def _axis_in(node: gs.Node) -> int | None:
+    """The axis of input channels in the weight; of grouped convolutions only depthwise ones."""
     if node.op == "Gemm":
-        return values.T if node.attrs.get("transB", 0) else values
+        return 1 if node.attrs.get("transB", 0) else 0
     group = int(node.attrs.get("group", 1))
     if group == 1:
-        return values.swapaxes(0, 1)
-    return values if values.shape[:2] == (group, 1) else values[:0]
+        return 1
+    return 0 if tuple(node.inputs[1].shape[:2]) == (group, 1) else None
 
 
 def _balance(first: gs.Node, second: gs.Node) -> float:
     """One step; the largest relative change."""
-    one, two = _ranges(_rows_out(first)), _ranges(_rows_in(second))
-    alive = (one > _SMALLEST) & (two > _SMALLEST)
-    factor = np.where(alive, np.sqrt(one / np.where(alive, two, 1.0)), 1.0).astype(np.float32)
-    for node, rows, scale in (
-        (first, _rows_out(first), 1 / factor),
-        (second, _rows_in(second), factor),
-    ):
-        rows *= scale.reshape(-1, *(1,) * (rows.ndim - 1))
-        node.inputs[1].values = node.inputs[1].values
+    out, into = _axis_out(first), _axis_in(second)
+    assert into is not None
+    one, two = _ranges(first, out), _ranges(second, into)
+    alive = (one > _SMALLEST * one.max()) & (two > _SMALLEST * two.max())
+    factor = np.ones(len(one))
+    factor[alive] = np.sqrt(one[alive] / two[alive])
+    _scale(first.inputs[1], out, 1 / factor)
+    _scale(second.inputs[1], into, factor)
     if len(first.inputs) > 2:
-        bias = np.asarray(first.inputs[2].values)
-        first.inputs[2].values = (np.broadcast_to(bias, factor.shape) / factor).astype(np.float32)
+        bias = first.inputs[2]  # one number, or channels last
+        bias.values = (bias.values / factor).astype(np.float32)
     return float(np.abs(factor - 1.0).max(initial=0.0))
 
 
-def _ranges(rows: Array) -> npt.NDArray[np.float64]:
-    peaks = np.abs(rows).reshape(len(rows), -1).max(1)
-    return np.asarray(peaks, np.float64)
+def _scale(weight: gs.Constant, axis: int, factor: Array) -> None:
+    shape = [1] * len(weight.shape)
+    shape[axis] = -1
+    weight.values = (weight.values * factor.reshape(shape)).astype(np.float32)
+
+
+def _ranges(node: gs.Node, axis: int) -> Array:
+    values = np.abs(node.inputs[1].values)
+    others = tuple(index for index in range(values.ndim) if index != axis)
+    return np.asarray(values.max(others), np.float64)

@@ -30,6 +30,8 @@ _RANDOM = frozenset(
     }
 )
 _DEQUANTIZE = "DequantizeLinear"
+# The reference implementation lacks the older versions, which mean the same.
+_SINCE_19 = ("DequantizeLinear", "QuantizeLinear")
 
 
 def is_plain(node: gs.Node) -> bool:
@@ -113,6 +115,8 @@ def evaluate(node: gs.Node, operands: list[Array | None], opset: int) -> list[Ar
         [onnx.helper.make_value_info(n, onnx.TypeProto()) for n in feeds],
         [onnx.helper.make_value_info(n, onnx.TypeProto()) for n in outputs],
     )
+    if node.op in _SINCE_19:
+        opset = max(opset, 19)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     return [np.asarray(array) for array in ReferenceEvaluator(model).run(outputs, feeds)]
 

@@ -87,11 +87,11 @@ class Precision:
         layers: dict[str, str] = {}
         block = cls.block
         for part, value in parts.items():
-            if part.startswith("head.") and part[5:].isdigit():
+            if part.startswith("head.") and part[5:].isdecimal():
                 overrides[int(part[5:])] = value
             elif part.startswith("layer.") and part[6:]:
                 layers[part[6:]] = value
-            elif part == "block" and value.isdigit():
+            elif part == "block" and value.isdecimal():
                 block = int(value)
             elif part not in ("body", "heads"):
                 raise InputError(

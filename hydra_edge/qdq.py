@@ -1,7 +1,8 @@
 """Writes explicit precision into a graph: QuantizeLinear and DequantizeLinear in front of layers.
 
     int8              x -> Q -> DQ -> layer <- DQ <- int8 weight, one scale per output channel
-    fp8               the same in E4M3 with one scale per tensor, which is what TensorRT multiplies
+    fp8               the same in E4M3 with one scale per tensor, which is what TensorRT multiplies;
+                      larger values become 448, not NaN
     int8-weight-only  layer <- DQ <- int8 weight, one scale per output channel
     int4-weight-only  layer <- DQ <- int4 weight, one scale per block of rows; convolutions, which
                       have no blocks, get int8-weight-only
@@ -22,6 +23,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from hydra_edge import scales
+from hydra_edge.errors import QuantizationError
 
 Array = npt.NDArray[np.generic]
 
@@ -47,28 +49,55 @@ def weight_of(node: gs.Node) -> gs.Constant | None:
 
 def observed(node: gs.Node, precision: str) -> list[gs.Tensor]:
     """The activations that a node reads in a precision that needs their range."""
-    if precision not in ("int8", "fp8") or node.op not in (*LAYERS, *POOLS):
+    if precision not in ("int8", "fp8"):
         return []
-    if precision == "fp8" and (node.op in POOLS or weight_of(node) is None):
+    if node.op in LAYERS and weight_of(node) is not None:
+        operands = node.inputs[:1]
+    elif precision == "int8" and _pools(node):
+        operands = node.inputs[:1]
+    elif precision == "int8" and node.op == "MatMul":
+        operands = node.inputs[:2]  # one of them alone would be rounded for nothing
+    else:
         return []
-    operands = node.inputs[:1] if node.op != "MatMul" else node.inputs[:2]
-    return [
-        tensor
+    fits = all(
+        not isinstance(tensor, gs.Constant) and tensor.dtype in (None, np.float32)
         for tensor in operands
-        if not isinstance(tensor, gs.Constant) and tensor.dtype in (None, np.float32)
-    ]
+    )
+    return list(operands) if fits else []
+
+
+def _pools(node: gs.Node) -> bool:
+    """Whether it averages positions of an image; the means in norms need all their digits."""
+    if node.op != "ReduceMean":
+        return node.op in POOLS
+    rank = len(node.inputs[0].shape or ())
+    axes = node.inputs[1].values if isinstance(node.inputs[-1], gs.Constant) else ()
+    return rank > 3 and sorted(int(axis) % rank for axis in axes) == list(range(2, rank))
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """``name``, longer if it is ``taken``, which it is from now on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 class Inserter:
     """Puts Q/DQ into one graph; what several layers read is quantized once."""
 
     def __init__(
-        self, graph: gs.Graph, thresholds: Mapping[str, float], weights: str, block: int
+        self,
+        graph: gs.Graph,
+        thresholds: Mapping[tuple[str, str], float],
+        weights: str,
+        block: int,
     ) -> None:
         self.graph = graph
         self.thresholds = thresholds
         self.weights = weights
         self.block = block
+        self._taken = set(graph.tensors())
         self._activations: dict[tuple[str, str], gs.Tensor] = {}
         self._weights: dict[tuple[str, str, int], gs.Tensor] = {}
 
@@ -84,24 +113,21 @@ class Inserter:
             back = self._activation(tensor, precision)
             node.inputs = [back if operand is tensor else operand for operand in node.inputs]
         if weight is not None:
-            index = 1
-            node.inputs[index] = self._weight(node, weight, precision)
+            node.inputs[1] = self._weight(node, weight, precision)
         return True
 
     def _activation(self, tensor: gs.Tensor, precision: str) -> gs.Tensor:
         key = (str(tensor.name), precision)
         if key not in self._activations:
-            limit = scales.LIMITS[precision]
-            kept = self.thresholds[tensor.name]
-            scale = np.float32(kept / limit if kept > 0 else 1.0)
+            scale = scales.step(self.thresholds[key], scales.LIMITS[precision])
             dtype = _STORED[precision]
             stem = f"{tensor.name}" if precision == "int8" else f"{tensor.name}_{precision}"
             parameters = [
-                gs.Constant(f"{stem}_scale", np.asarray(scale)),
-                gs.Constant(f"{stem}_zero_point", np.zeros((), dtype)),
+                gs.Constant(self._name(f"{stem}_scale"), scale),
+                gs.Constant(self._name(f"{stem}_zero_point"), np.zeros((), dtype)),
             ]
-            stored = gs.Variable(f"{stem}_quantized", dtype, tensor.shape)
-            back = gs.Variable(f"{stem}_dequantized", np.float32, tensor.shape)
+            stored = gs.Variable(self._name(f"{stem}_quantized"), dtype, tensor.shape)
+            back = gs.Variable(self._name(f"{stem}_dequantized"), np.float32, tensor.shape)
             for op, source, result in (
                 ("QuantizeLinear", tensor, stored),
                 ("DequantizeLinear", stored, back),
@@ -112,12 +138,16 @@ class Inserter:
             self._activations[key] = back
         return self._activations[key]
 
+    def _name(self, name: str) -> str:
+        return unused(name, self._taken)
+
     def _weight(self, node: gs.Node, weight: gs.Constant, precision: str) -> gs.Tensor:
         channel = _output_axis(node, weight)
         blocked = precision == "int4-weight-only" and not node.op.startswith("Conv")
         axis = _input_axis(node, weight) if blocked else channel
         key = (str(weight.name), precision, axis)
         if key not in self._weights:
+            _require_finite(weight)
             if blocked:
                 parts, attrs = self._blocks(weight, axis)
             elif precision == "fp8":
@@ -126,10 +156,11 @@ class Inserter:
                 parts, attrs = self._channels(weight, channel)
             stem = f"{weight.name}_{precision}_{axis}"
             constants = [
-                _constant(f"{stem}_{part}", values)
+                _constant(self._name(f"{stem}_{part}"), values)
                 for part, values in zip(("quantized", "scale", "zero_point"), parts, strict=True)
             ]
-            back = gs.Variable(f"{stem}_dequantized", np.float32, list(weight.shape))
+            name = self._name(f"{stem}_dequantized")
+            back = gs.Variable(name, np.float32, list(weight.shape))
             self.graph.nodes.append(
                 gs.Node("DequantizeLinear", f"{stem}_DequantizeLinear", attrs, constants, [back])
             )
@@ -168,10 +199,19 @@ class Inserter:
 
     def _whole(self, weight: gs.Constant) -> tuple[tuple[Array, Array, Array], dict[str, int]]:
         values = np.asarray(weight.values)
-        peak = float(np.abs(values).max(initial=0.0))
-        scale = np.asarray(peak / scales.LIMITS["fp8"] if peak else 1.0, np.float32)
-        dtype = _STORED["fp8"]
-        return ((values / scale).astype(dtype), scale, np.zeros((), dtype)), {}
+        limit, dtype = scales.LIMITS["fp8"], _STORED["fp8"]
+        scale = scales.step(np.abs(values).max(initial=0.0), limit)
+        stored = np.clip(values / scale, -limit, limit).astype(dtype)
+        return (stored, scale, np.zeros((), dtype)), {}
+
+
+def _require_finite(weight: gs.Constant) -> None:
+    if not np.isfinite(weight.values).all():
+        raise QuantizationError(
+            f"The weight '{weight.name}' holds NaN or infinity.",
+            "No scale fits such values.",
+            "Check the graph in fp32 first.",
+        )
 
 
 def _output_axis(node: gs.Node, weight: gs.Constant) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -61,12 +61,7 @@ def quantize(
     wanted = Precision.parse(precision) if isinstance(precision, str) else precision
     options = options or CalibrationOptions()
     _require_plain(graph)
-    if (wanted.needs_calibration or options.correct_bias) and calibration is None:
-        raise InputError(
-            f"{wanted} needs calibration data, and none was given.",
-            "Activation scales come from representative inputs.",
-            "Pass calibration=…: a few hundred unlabelled samples of the training distribution.",
-        )
+    _require_data(wanted, options, calibration)
     if wanted == Precision():
         return graph.derive(graph.model, "quantize:fp32", precision="fp32")
     return prepare(graph, calibration, options).apply(wanted)
@@ -89,14 +84,20 @@ class Prepared:
     samples: Samples | None
     options: CalibrationOptions
     heads: tuple[frozenset[str], ...]
-    kept: dict[str, float]
+    kept: dict[tuple[str, str], float]
 
     def layers(self) -> list[str]:
         """Names of all layers whose weights can be quantized, in order."""
         return [str(node.name) for node in qdq.layers(surgery.open_model(self.core))]
 
     def apply(self, precision: Precision) -> Graph:
-        """Quantize."""
+        """Quantize.
+
+        Raises:
+            InputError: It needs calibration data, or names a head or layer that does not exist.
+            QuantizationError: Nothing can be quantized, or a weight is not finite.
+        """
+        _require_data(precision, self.options, self.samples)
         wanted = [opset for name, opset in qdq.OPSETS.items() if name in precision]
         surgeon = surgery.open_model(self.core, max((ops.MINIMUM_OPSET, *wanted)))
         chosen = self._assign(surgeon, precision)
@@ -110,7 +111,8 @@ class Prepared:
             if node.name in chosen and inserter.quantize(node, chosen[node.name])
         ]
         model = surgery.close_model(surgeon, like=self.core)
-        if self.options.correct_bias and touched:
+        corrected = self.options.correct_bias and bool(touched)
+        if corrected:
             assert self.samples is not None
             model = bias_correction.correct(model, self.core, touched, self.samples)
         half = {name for name, kind in chosen.items() if kind == "fp16"}
@@ -121,7 +123,7 @@ class Prepared:
             f"quantize:{precision}",
             precision=str(precision),
             calibration_sha256=self.samples.digest
-            if self.samples is not None and precision.needs_calibration
+            if self.samples is not None and (precision.needs_calibration or corrected)
             else None,
         )
 
@@ -149,18 +151,23 @@ class Prepared:
             parts[name] = value
         return {name: value for name, value in parts.items() if value != "fp32"}
 
-    def _thresholds(self, surgeon: gs.Graph, chosen: Mapping[str, str]) -> dict[str, float]:
-        """Ranges of the activations that are needed; what was measured before is remembered."""
+    def _thresholds(
+        self, surgeon: gs.Graph, chosen: Mapping[str, str]
+    ) -> dict[tuple[str, str], float]:
+        """Ranges by tensor and precision; what was measured before is remembered."""
         needed = {
-            str(tensor.name)
+            (str(tensor.name), chosen[node.name])
             for node in surgeon.nodes
             if node.name in chosen
             for tensor in qdq.observed(node, chosen[node.name])
         }
-        if needed - set(self.kept):
+        for precision in sorted({kind for _, kind in needed - set(self.kept)}):
             assert self.samples is not None
-            missing = sorted(needed - set(self.kept))
-            self.kept.update(thresholds(self.core, missing, self.samples, self.options))
+            missing = [n for n, kind in needed - set(self.kept) if kind == precision]
+            # The steps of fp8 shrink with the values: cutting the largest makes no other finer.
+            options = replace(self.options, method="minmax") if precision == "fp8" else self.options
+            found = thresholds(self.core, missing, self.samples, options)
+            self.kept.update({(name, precision): value for name, value in found.items()})
         return self.kept
 
     def _require_something(
@@ -196,6 +203,15 @@ def prepare(
         core = equalization.equalize(core)
     heads = anatomy.heads(surgery.open_model(core))
     return Prepared(graph, core, summary, samples, options, heads, {})
+
+
+def _require_data(precision: Precision, options: CalibrationOptions, data: object) -> None:
+    if data is None and (precision.needs_calibration or options.correct_bias):
+        raise InputError(
+            f"{precision} needs calibration data, and none was given.",
+            "Activation scales come from representative inputs, and so do corrections of biases.",
+            "Pass calibration=…: a few hundred unlabelled samples of the training distribution.",
+        )
 
 
 def _require_plain(graph: Graph) -> None:
@@ -245,7 +261,8 @@ class _Summary:
             )
         graph.outputs = [inner(tensor) for tensor in self.outputs]
         for tensor, old in zip(graph.outputs, self.outputs, strict=True):
-            tensor.dtype, tensor.shape = old.dtype, old.shape
+            if isinstance(tensor, gs.Variable):  # a weight may be an output, too
+                tensor.dtype, tensor.shape = old.dtype, old.shape
         return surgery.close_model(graph, like=self.like)
 
 

@@ -3,10 +3,13 @@
 Everything is symmetric: a number x is stored as round(x / scale), cut at ``limit``.
 
     minmax      the largest value seen: nothing is cut
-    percentile  a share of all values is kept
+    percentile  a share of the values is kept
     mse         the smallest squared error, over candidates from 1/50 of the largest value up
     entropy     the smallest KL divergence between the histogram and its quantized form, as in
                 Migacz, "8-bit Inference with TensorRT" (GTC 2017)
+
+Zeros do not count, because every scale stores them exactly: the many that a ReLU writes would pull
+the entropy's choice down to half of what the other values need.
 """
 
 from __future__ import annotations
@@ -24,6 +27,14 @@ _CANDIDATES = 100
 # Where between the largest weight and half of it the best cut is looked for.
 _WEIGHT_CUTS = np.linspace(1.0, 0.5, 26)
 LIMITS = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+# Below this a scale is no normal float32: quotients by it lose digits, or runtimes take it for 0.
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def step(peak: npt.ArrayLike, limit: float) -> Array:
+    """Scales, float32, with which magnitudes up to ``peak`` reach ``limit``; 1 for zeros."""
+    scale = np.asarray(peak, np.float64) / limit
+    return np.where(scale >= _SMALLEST, scale, 1.0).astype(np.float32)
 
 
 def threshold(counts: Float, peak: float, method: str, percentile: float, limit: float) -> float:
@@ -79,9 +90,13 @@ def _entropy_bins(counts: Float) -> int:
 
 
 def histogram(values: Array, peak: float) -> Float:
-    """Counts of magnitudes in `BINS` equal bins over ``[0, peak]``."""
-    magnitudes = np.abs(np.asarray(values, np.float32)).reshape(-1)
-    index = np.minimum((magnitudes * (BINS / peak)).astype(np.int64), BINS - 1)
+    """Counts of magnitudes in `BINS` equal bins over ``[0, peak]``, without zeros.
+
+    Larger ones are counted in the last bin.
+    """
+    magnitudes = np.abs(np.asarray(values, np.float32))
+    magnitudes = np.minimum(magnitudes[magnitudes > 0], np.float32(peak))
+    index = np.minimum((magnitudes / np.float32(peak) * BINS).astype(np.int64), BINS - 1)
     return np.bincount(index, minlength=BINS).astype(np.float64)
 
 
@@ -99,15 +114,15 @@ def weight_scale(weight: Array, axes: tuple[int, ...], limit: float, method: str
     """
     values = np.asarray(weight, np.float32)
     peak = np.abs(values).max(axes, keepdims=True)
-    peak = np.where(peak > 0, peak, limit).astype(np.float32)
     if method == "minmax":
-        return np.asarray(peak / np.float32(limit), np.float32)
-    best = np.full(peak.shape, np.inf, np.float32)
-    chosen = peak
+        return step(peak, limit)
+    # Shares of the largest one, whose squares neither overflow nor vanish.
+    shares = values / np.where(peak > 0, peak, np.float32(1.0))
+    best, chosen = np.full(peak.shape, np.inf), np.ones(peak.shape)
     for cut in _WEIGHT_CUTS:
-        scale = (peak * np.float32(cut / limit)).astype(np.float32)
-        kept = np.clip(np.rint(values / scale), -limit, limit) * scale
-        error = np.square(kept - values).sum(axes, keepdims=True)
+        scale = np.float32(cut / limit)
+        kept = np.clip(np.rint(shares / scale), -limit, limit) * scale
+        error = np.square(kept - shares).sum(axes, keepdims=True)
         better = error < best
-        best, chosen = np.where(better, error, best), np.where(better, scale, chosen)
-    return np.asarray(chosen, np.float32)
+        best, chosen = np.where(better, error, best), np.where(better, cut, chosen)
+    return step(peak * chosen, limit)

@@ -253,3 +253,19 @@ def test_fusing_never_costs_time() -> None:
 def test_unfused_must_be_given_to_be_kept() -> None:
     with pytest.raises(InputError, match="It needs the graph before fusion"):
         compile(fuse(student()), options=CompileOptions(lowering="unfused"))
+
+
+@pytest.mark.parametrize(
+    ("timings", "kept"),
+    [
+        ({"grouped": 1.0, "wide": 0.8, "unfused": 0.9}, "wide"),
+        ({"grouped": 1.0, "wide": 0.89, "unfused": 0.9}, "unfused"),  # within the noise
+        ({"grouped": 1.0, "wide": 1.2, "unfused": 0.9}, "unfused"),
+        ({"grouped": 1.0, "wide": 0.9}, "wide"),
+        ({"unfused": 0.9}, "unfused"),
+    ],
+)
+def test_fused_is_kept_only_where_it_is_clearly_faster(
+    timings: dict[str, float], kept: str
+) -> None:
+    assert compilation._choose(timings) == kept

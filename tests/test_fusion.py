@@ -194,6 +194,33 @@ def test_inner_value_as_graph_output_stays() -> None:
     assert_untouched(graph, "the Relu of branch 2 is also used as a graph output")
 
 
+def test_nodes_that_no_output_needs_are_no_users() -> None:
+    """skl2onnx leaves the labels of every member behind, of which nothing reads the last node."""
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    hidden = [net.op("Relu", linear(net, x, 6, 5)) for _ in range(3)]
+    for value in hidden:
+        net.op("ArgMax", net.op("Neg", value), axis=1)
+    assert_fuses(net.graph(join(net, [linear(net, h, 5, 4) for h in hidden], 4)))
+
+
+def test_hidden_layers_that_are_stacked_too() -> None:
+    """What the second layers read of the fused first ones is read by that stack as well."""
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    hidden = [net.op("Relu", linear(net, x, 6, 5)) for _ in range(3)]
+    outputs = join(net, [linear(net, h, 5, 4) for h in hidden], 4)
+    rows = [net.op("Unsqueeze", h, net.const([0], np.int64)) for h in hidden]
+    graph = net.graph({**outputs, net.op("Concat", *rows, axis=0): (3, "batch", 5)})
+    fused = fuse(graph)
+    assert [group.heads for group in fused.fusion if group.fused] == [3, 3]
+    nodes = fused.model.graph.node
+    apart = {node.output[0] for node in nodes if node.op_type == "Gather"}
+    assert not [n for n in nodes if n.op_type == "GroupedMatMul" and n.input[0] in apart]
+    assert_same(fused, graph)
+    assert fuse(fused).data == fused.data
+
+
 def test_head_read_before_the_join_keeps_its_own_tensor() -> None:
     net = Net()
     x = net.input("x", ("batch", 6))

@@ -412,8 +412,9 @@ def test_odd_quantization_keeps_its_integers(
     assert float(constants[node.input[4]].reshape(-1)[0]) == zero
 
 
-def test_one_shared_dequantized_bias() -> None:
-    net = Net()
+@pytest.mark.parametrize("opset", [13, 20])  # ONNX's reference implementation begins at 19
+def test_one_shared_dequantized_bias(opset: int) -> None:
+    net = Net(opset=opset)
     x = net.qdq(net.input("x", ("batch", 6)))
     ints = net.const([100, -50, 7, 0], np.int32)
     bias = net.op("DequantizeLinear", ints, net.const(0.01))

@@ -43,6 +43,24 @@ def test_unused_inputs_stay() -> None:
     assert [spec.name for spec in round_trip(graph).inputs] == ["x", "unused"]
 
 
+def test_shapes_cut_where_arithmetic_on_constants_says() -> None:
+    """TorchScript's exporter writes ``x.unflatten(-1, (2, 3))`` so, also in every attention."""
+    net = Net(opset=18)
+    x = net.input("x", ("batch", 6))
+    one = net.const([1], np.int64)
+    cut = net.op("Mod", net.const([3], np.int64), net.const([2], np.int64))
+    lead = net.op(
+        "Slice", net.op("Shape", x), net.const([0], np.int64), net.op("Reshape", cut, one)
+    )
+    target = net.op("Concat", lead, net.const([2, 3], np.int64), axis=0)
+    graph = net.graph({net.op("Relu", net.op("Reshape", x, target)): ("batch", 2, 3)})
+    surgeon = surgery.open_model(graph.model)
+    assert [node.op for node in surgeon.nodes] == [node.op_type for node in graph.model.graph.node]
+    (relu,) = [node for node in surgeon.nodes if node.op == "Relu"]
+    assert relu.inputs[0].shape == ["batch", 2, 3]
+    assert_same(round_trip(graph), graph)
+
+
 def test_functions_of_others_are_inlined() -> None:
     net = Net()
     x = net.input("x", ("batch", 6))

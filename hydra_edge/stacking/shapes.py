@@ -145,12 +145,25 @@ def _gather(stacker: Stacker, step: Step) -> Emitted:
     x, indices = (stacker.emitted(value) for value in step.inputs)
     axis = int(step.attrs.get("axis", 0))  # type: ignore[call-overload]
     if not x.is_stacked and axis % x.rank == 0:
+        if _takes_all(stacker, x, indices):
+            return Emitted(x.tensor, x.shape[1:], HEADS)
         inputs = [x.tensor, stacker.heads(indices).tensor]
         return stacker.emit(step.op, inputs, step, HEADS, axis=0)
     if indices.is_stacked:
         raise UnsupportedError("the branches gather at different indices")
     inputs = [stacker.heads(x, always=True).tensor, indices.tensor]
     return stacker.emit(step.op, inputs, step, HEADS, axis=_moved(axis))
+
+
+def _takes_all(stacker: Stacker, x: Emitted, indices: Emitted) -> bool:
+    """Whether branch m takes row m of M: the rows are stacked already."""
+    heads = stacker.heads_count
+    return (
+        x.shape[0] == heads
+        and isinstance(indices.tensor, gs.Constant)
+        and indices.is_stacked
+        and np.array_equal(indices.tensor.values, np.arange(heads))
+    )
 
 
 def _expand(stacker: Stacker, step: Step) -> Emitted:
