@@ -1,15 +1,18 @@
-"""Two exact rewrites that let an integer runtime see integer convolutions and matmuls.
+"""Exact rewrites that let an integer runtime see integer convolutions and matmuls.
 
-ONNX Runtime runs a convolution in int8 only where QuantizeLinear stands directly behind it, and its
-fast x86 kernels take unsigned activations. Our canonical graphs have neither (TensorRT wants Q/DQ
-in front of operators, and signed), so the lowering moves one and shifts the other; the integers
-that are multiplied stay the same.
+ONNX Runtime runs a convolution in int8 only where QuantizeLinear stands directly behind it, a
+matmul only where its bias is quantized, too, and its fast x86 kernels take unsigned activations.
+Our canonical graphs have none of that (TensorRT wants Q/DQ in front of operators, and signed), so
+the lowering moves and shifts them; the integers that are multiplied stay the same.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
+
+Array = npt.NDArray[np.generic]
 
 # Quantization is monotone and maps 0 to 0, so it commutes exactly with these.
 _COMMUTES = frozenset(
@@ -38,6 +41,94 @@ def hoist_quantize(graph: gs.Graph) -> None:
         if not _only_reader(graph, tensor):
             continue
         _rebuild(graph, quantize, tensor, path[::-1])
+
+
+def integer_source(x: gs.Tensor) -> tuple[gs.Tensor, Array, gs.Constant | None] | None:
+    """The integers that ``x`` was dequantized from, with one scale, and the zero point if not 0."""
+    node = x.inputs[0] if x.inputs else None
+    if node is None or node.op != "DequantizeLinear":
+        return None
+    source, *parameters = node.inputs
+    if source.dtype not in (np.int8, np.uint8) or isinstance(source, gs.Constant):
+        return None
+    if not all(isinstance(p, gs.Constant) and p.values.size == 1 for p in parameters):
+        return None
+    zero_point = None
+    if len(parameters) > 1 and np.any(parameters[1].values):
+        zero_point = gs.Constant(
+            f"{parameters[1].name}/scalar/{x.name}", np.asarray(parameters[1].values).reshape(())
+        )
+    return source, np.asarray(parameters[0].values).reshape(()), zero_point
+
+
+def multiply_integers(graph: gs.Graph) -> None:
+    """Multiply the integers behind two dequantized operands, and scale the product.
+
+    ``DQ(x) @ DQ(w) + bias`` is ``((x - zero) @ w) * (x_scale * w_scale) + bias``. As it stands,
+    ONNX Runtime dequantizes the weight at every call. A bias that is quantized as well is left to
+    the runtime, which has a kernel for that.
+    """
+    for node in [node for node in graph.nodes if node.op in ("Gemm", "MatMul")]:
+        source = integer_source(node.inputs[0])
+        weight = _integer_weight(node)
+        bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+        if source is None or weight is None or node.attrs.get("transA", 0):
+            continue
+        if bias is not None and bias.inputs and bias.inputs[0].op == "DequantizeLinear":
+            continue
+        _replace_product(graph, node, source, weight, bias)
+
+
+def _integer_weight(node: gs.Node) -> tuple[Array, Array] | None:
+    """``[K, N]`` int8 and one scale per column or for all, if the weight is stored so."""
+    back = node.inputs[1].inputs[0] if node.inputs[1].inputs else None
+    if back is None or back.op != "DequantizeLinear" or back.attrs.get("block_size", 0):
+        return None
+    if not all(isinstance(tensor, gs.Constant) for tensor in back.inputs):
+        return None
+    values, scale = (np.asarray(tensor.values) for tensor in back.inputs[:2])
+    zero = back.inputs[2].values if len(back.inputs) > 2 else 0
+    if values.dtype != np.int8 or values.ndim != 2 or np.any(zero) or scale.dtype != np.float32:
+        return None
+    swapped = bool(node.attrs.get("transB", 0))
+    if scale.size > 1 and int(back.attrs.get("axis", 1)) % 2 != (0 if swapped else 1):
+        return None
+    return values.T if swapped else values, scale.reshape(-1)
+
+
+def _replace_product(
+    graph: gs.Graph,
+    node: gs.Node,
+    source: tuple[gs.Tensor, Array, gs.Constant | None],
+    weight: tuple[Array, Array],
+    bias: gs.Tensor | None,
+) -> None:
+    x, x_scale, zero_point = source
+    stem = f"{node.outputs[0].name}/integer"
+    alpha, beta = (float(node.attrs.get(name, 1.0)) for name in ("alpha", "beta"))
+
+    def emit(op: str, inputs: list[gs.Tensor], dtype: object, **attrs: object) -> gs.Variable:
+        name = f"{stem}/{op}_{len(graph.nodes)}"
+        y = gs.Variable(name, dtype)
+        graph.nodes.append(gs.Node(op, f"{name}_node", attrs, inputs, [y]))
+        return y
+
+    matrix = gs.Constant(f"{stem}/weight", np.array(weight[0], order="C"))
+    scale = gs.Constant(
+        f"{stem}/scale", np.asarray(alpha * np.multiply(x_scale, weight[1]), np.float32)
+    )
+    operands = [x, matrix, *([] if zero_point is None else [zero_point])]
+    product = emit("MatMulInteger", operands, np.int32)
+    y = emit("Mul", [emit("Cast", [product], np.float32, to=1), scale], np.float32)
+    if bias is not None:
+        if beta != 1.0:
+            factor = gs.Constant(f"{stem}/beta", np.asarray(beta, np.float32))
+            bias = emit("Mul", [bias, factor], np.float32)
+        y = emit("Add", [y, bias], np.float32)
+    output = node.outputs[0]
+    node.inputs.clear()
+    node.outputs.clear()
+    y.inputs[0].outputs = [output]
 
 
 def _rebuild(graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]) -> None:

@@ -8,7 +8,7 @@ Three ways to run grouped heads without a kernel of our own; `compile` times the
 
 Weights stored in few bits become floats when the runtime loads them, unless their input is stored
 in integers too. Integer matmuls stay integer in all three; `integer_path` does the same for
-convolutions.
+the layers of the body.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def lower(graph: Graph, lowering: str) -> Graph:
         elif lowering == "separate" and emitter.can_separate(node):
             emitter.separate_elementwise(node)
     emitter.gather_separated()
+    integer_path.multiply_integers(surgeon)
     integer_path.hoist_quantize(surgeon)
     integer_path.shift_to_uint8(surgeon)
     return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
@@ -119,7 +120,7 @@ class _Emitter:
     def weight_only(self, node: gs.Node, wide: bool) -> None:
         """Integers where the input was integers too; else floats, made from integers at load."""
         x, weight, bias, scale, zero_point = node.inputs
-        integer = None if _block(node) else _integer_source(x)
+        integer = None if _block(node) else integer_path.integer_source(x)
         if integer is not None and weight.dtype == np.int8 and not np.any(zero_point.values):
             source, x_scale, x_zero = integer
             both = self.constant(np.asarray(x_scale * scale.values, np.float32))
@@ -320,21 +321,3 @@ def _zero_rows(node: gs.Node, head: int | slice) -> Array | None:
     if not np.any(values):
         return None
     return _side_by_side(values) if isinstance(head, slice) else values[head]
-
-
-def _integer_source(x: gs.Tensor) -> tuple[gs.Tensor, Array, gs.Constant | None] | None:
-    """The integers that ``x`` was dequantized from, with one scale and zero point."""
-    node = x.inputs[0] if x.inputs else None
-    if node is None or node.op != "DequantizeLinear":
-        return None
-    source, *parameters = node.inputs
-    if source.dtype not in (np.int8, np.uint8) or isinstance(source, gs.Constant):
-        return None
-    if not all(isinstance(p, gs.Constant) and p.values.size == 1 for p in parameters):
-        return None
-    zero_point = None
-    if len(parameters) > 1:
-        zero_point = gs.Constant(
-            f"{parameters[1].name}/scalar/{x.name}", np.asarray(parameters[1].values).reshape(())
-        )
-    return source, np.asarray(parameters[0].values).reshape(()), zero_point

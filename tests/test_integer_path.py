@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto
-from onnx_models import Net, conv_student, feeds_for, ops_of
+from onnx import TensorProto, numpy_helper
+from onnx_models import Net, assert_same, conv_student, feeds_for, ops_of
 
 from hydra_edge import integer_path, ops, surgery
 from hydra_edge.artifacts.graph import Graph
@@ -207,3 +208,83 @@ def test_onnxruntime_runs_integer_convolutions(int8_student: Graph, tmp_path: Pa
     assert found["QLinearConv"] == 2
     assert found["Conv"] + found["FusedConv"] == 0
     assert found["MatMulInteger"] + found["MatMulIntegerToFloat"] == 2
+
+
+# matmuls of the body
+
+
+def int8_layer(kind: str, *, axis: int | None = -1, dtype: type = np.int8, zero: int = 0) -> Graph:
+    """One layer behind Q/DQ, written the way of ``kind``."""
+    net = Net()
+    rank3 = kind == "sequence"
+    x = net.input("x", ("batch", 5, 6) if rank3 else ("batch", 6))
+    swapped = kind in ("transposed", "scaled")
+    shape = (4, 6) if swapped else (6, 4)
+    weight = net.const(net.rng.integers(-127, 128, shape), np.int8)
+    channel = 0 if swapped else 1
+    if axis is None:
+        w = net.op("DequantizeLinear", weight, net.const(0.03))
+    else:
+        scale = net.const(net.rng.uniform(0.01, 0.05, shape[channel]))
+        w = net.op("DequantizeLinear", weight, scale, axis=channel)
+    back = net.qdq(x, 0.04, dtype, zero)
+    if kind == "scaled":
+        y = net.op("Gemm", back, w, net.random(4), transB=1, alpha=0.5, beta=2.0)
+    elif kind == "transposed":
+        y = net.op("Gemm", back, w, net.random(1, 4), transB=1)
+    elif kind == "plain":
+        y = net.op("Gemm", back, w, net.random(4))
+    else:
+        y = net.op("MatMul", back, w)
+    return net.graph({y: ("batch", 5, 4) if rank3 else ("batch", 4)})
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed", "scaled", "matmul", "sequence"])
+@pytest.mark.parametrize("axis", [None, -1])
+@pytest.mark.parametrize(("dtype", "zero"), [(np.int8, 0), (np.uint8, 128), (np.uint8, 7)])
+def test_matmuls_multiply_integers(kind: str, axis: int | None, dtype: type, zero: int) -> None:
+    graph = int8_layer(kind, axis=axis, dtype=dtype, zero=zero)
+    lowered = lower(graph, "grouped")
+    kinds = ops_of(lowered)
+    assert "MatMulInteger" in kinds
+    assert not {"Gemm", "MatMul", "DequantizeLinear"} & set(kinds)
+    assert_same(lowered, graph, rtol=1e-5)
+    if zero in (0, 128):  # the integers that fast kernels take
+        (product,) = [n for n in lowered.model.graph.node if n.op_type == "MatMulInteger"]
+        zeros = {t.name: numpy_helper.to_array(t) for t in lowered.model.graph.initializer}
+        assert zeros[product.input[2]] == 128
+        assert zeros[product.input[2]].dtype == np.uint8
+
+
+def per_row(net: Net, back: str) -> str:
+    weight, scale = net.const(np.ones((6, 4)), np.int8), net.const(np.full(6, 0.1))
+    return net.op("MatMul", back, net.op("DequantizeLinear", weight, scale, axis=0))
+
+
+def shifted(net: Net, back: str) -> str:
+    weight, zero = net.const(np.ones((6, 4)), np.int8), net.const(3, np.int8)
+    return net.op("MatMul", back, net.op("DequantizeLinear", weight, net.const(0.1), zero))
+
+
+def quantized_bias(net: Net, back: str) -> str:
+    w = net.op("DequantizeLinear", net.const(np.ones((6, 4)), np.int8), net.const(0.1))
+    bias = net.op("DequantizeLinear", net.const([1, 2, 3, 4], np.int32), net.const(0.004))
+    return net.op("Gemm", back, w, bias)
+
+
+def computed(net: Net, back: str) -> str:
+    return net.op("MatMul", back, net.op("Transpose", back))
+
+
+def float_weight(net: Net, back: str) -> str:
+    return net.op("Gemm", back, net.random(6, 4), net.random(4))
+
+
+@pytest.mark.parametrize("make", [per_row, shifted, quantized_bias, computed, float_weight])
+def test_products_that_stay(make: Callable[[Net, str], str]) -> None:
+    net = Net()
+    y = make(net, net.qdq(net.input("x", ("batch", 6)), 0.04))
+    graph = net.graph({y: ("batch", "batch" if make is computed else 4)})
+    lowered = lower(graph, "grouped")
+    assert "MatMulInteger" not in ops_of(lowered)
+    assert_same(lowered, graph)
