@@ -133,12 +133,13 @@ def _candidates(
     for index, tensor in enumerate(join.tensors):
         groups.setdefault(kinds[id(tensor)], []).append(index)
     sizes = [len(group) for group in groups.values()]
-    if join.is_reduction:  # every residual connection is one: no reason is worth giving
+    if join.is_reduction:
         largest = max(groups.values(), key=len)
         rest = len(largest) < len(join.tensors) or join.rest
         if len(largest) > 1 and not (join.kind == "Mean" and rest):
             found = _examine(graph, join.part(largest), folder)
-            yield from (found,) if found is not None and not found.problem else ()
+            if found is not None and (join.is_worth_a_reason or not found.problem):
+                yield found
         return
     if len(groups) == 1 or max(sizes) == 1:
         found = _examine(graph, join, folder)

@@ -79,7 +79,8 @@ def _fits(first: gs.Node, second: gs.Node) -> bool:
     axis = _axis_in(second)
     if axis is None or second.attrs.get("transA", 0):
         return False
-    return bool(first.inputs[1].shape[_axis_out(first)] == second.inputs[1].shape[axis])
+    channels = int(first.inputs[1].shape[_axis_out(first)])
+    return channels == int(second.inputs[1].shape[axis])
 
 
 def _axis_out(node: gs.Node) -> int:

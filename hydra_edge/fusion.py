@@ -137,7 +137,7 @@ def _round(
         group = _fuse_one(surgeon, candidate, deferred)
         if group.fused:
             consumed |= nodes | {id(node) for node in candidate.join.nodes}
-        elif candidate.join.is_reduction and not candidate.problem:
+        elif not candidate.join.is_worth_a_reason and not candidate.problem:
             continue
         groups.append((key, group))
     surgery.sort(surgeon)

@@ -41,6 +41,11 @@ class Join:
         """Whether the branches are added, averaged or compared; a network does that everywhere."""
         return self.kind in REDUCTIONS
 
+    @property
+    def is_worth_a_reason(self) -> bool:
+        """Whether to say why branches stay apart. Every residual connection adds two."""
+        return not self.is_reduction or len(self.tensors) > 2
+
     def part(self, indices: Sequence[int]) -> Join:
         """The join of only some of the branches; whatever joins them now stays."""
         tensors = tuple(self.tensors[index] for index in indices)

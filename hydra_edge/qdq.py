@@ -51,9 +51,8 @@ def observed(node: gs.Node, precision: str) -> list[gs.Tensor]:
     """The activations that a node reads in a precision that needs their range."""
     if precision not in ("int8", "fp8"):
         return []
-    if node.op in LAYERS and weight_of(node) is not None:
-        operands = node.inputs[:1]
-    elif precision == "int8" and _pools(node):
+    has_weight = node.op in LAYERS and weight_of(node) is not None
+    if has_weight or (precision == "int8" and _pools(node)):
         operands = node.inputs[:1]
     elif precision == "int8" and node.op == "MatMul":
         operands = node.inputs[:2]  # one of them alone would be rounded for nothing

@@ -29,6 +29,8 @@ from hydra_edge.errors import GraphError
 from hydra_edge.fusion import fuse
 from hydra_edge.stacking.stacker import Emitted, Stacker
 
+NO_FORM = "no-stacked-form"
+
 # near misses
 
 
@@ -113,6 +115,25 @@ def test_near_misses_stay(case: str) -> None:
     graph = net.graph({net.op("Concat", *heads, axis=0): (None, None)})
     assert_untouched(graph, reason)
     assert fuse(graph).fusion[0].code == code
+
+
+@pytest.mark.parametrize("kind", ["Sum", "Mean", "Add"])
+def test_averaged_heads_that_stay_apart_say_why(kind: str) -> None:
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    make = NEAR_MISSES[next(n for n, (_, _, code) in NEAR_MISSES.items() if code == NO_FORM)][0]
+    heads = [make(net, x, head) for head in range(3)]
+    if kind == "Add":
+        y = net.op("Add", net.op("Add", heads[0], heads[1]), heads[2])
+    else:
+        y = net.op(kind, *heads)
+    fused = fuse(net.graph({y: ("batch", 4)}))
+    assert [(group.fused, group.code) for group in fused.fusion] == [(False, NO_FORM)]
+    # Two that are added are what every residual connection does.
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    y = net.op("Add", make(net, x, 0), make(net, x, 1))
+    assert fuse(net.graph({y: ("batch", 4)})).fusion == ()
 
 
 def test_equal_heads_find_each_other_among_others() -> None:
