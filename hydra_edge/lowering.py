@@ -7,8 +7,8 @@ Three ways to run grouped heads without a kernel of our own; `compile` times the
     separate  M small matmuls per layer, as before fusion: some runtimes prepack only those
 
 Weights stored in few bits become floats when the runtime loads them, unless their input is stored
-in integers too. Integer matmuls stay integer in all three; `integer_path` does the same for
-the layers of the body.
+in integers too. Integer matmuls stay integer in all three; `integer_path` and `float_path` do the
+same for the layers of the body.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from hydra_edge import integer_path, surgery
+from hydra_edge import float_path, integer_path, surgery
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.errors import InputError
 
@@ -68,7 +68,9 @@ def lower(graph: Graph, lowering: str) -> Graph:
         elif lowering == "separate" and emitter.can_separate(node):
             emitter.separate_elementwise(node)
     emitter.gather_separated()
+    float_path.cast_fp8(surgeon)
     integer_path.multiply_integers(surgeon)
+    float_path.dequantize_at_load(surgeon)
     integer_path.hoist_quantize(surgeon)
     integer_path.shift_to_uint8(surgeon)
     return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")

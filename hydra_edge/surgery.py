@@ -103,6 +103,7 @@ def close_model(
     """
     with _mapped("write"), G_LOGGER.suppress():
         sort(graph)
+        _pack(graph)
         model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
         waiting = {weight.tensor.name: weight for weight in deferred}
         for tensor in model.graph.initializer:
@@ -117,6 +118,14 @@ def close_model(
     del model.metadata_props[:]
     model.metadata_props.extend(like.metadata_props)
     return model
+
+
+def _pack(graph: gs.Graph) -> None:
+    """Two numbers of 4 bits in a byte: GraphSurgeon would write one."""
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and str(tensor.dtype) in ("int4", "uint4"):
+            proto = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
+            tensor.values = LazyValues(proto)
 
 
 def sort(graph: gs.Graph) -> None:
