@@ -3,9 +3,10 @@
 Usage: python benchmarks/fused_speed.py [-o results/fused-cpu.json] [--threads 1] [--only NAME]
 
 Both sides are compiled for one batch size, as a user would: `compile` times the lowerings of the
-fused graph and the unfused graph, and keeps the fastest. So a ratio of 1 with the lowering
-"unfused" says that fusing does not pay there and was not done. The two programs then run in turn,
-in one process; what is compared are the medians. Every shape has a process of its own.
+fused graph and the unfused graph, and keeps the fastest. Where that is "unfused", fusing does not
+pay and was not done: both sides are the same program byte for byte, and what their ratio is away
+from 1 is the noise of the measurement. The two programs run in turn, in one process; what is
+compared are the medians. Every shape has a process of its own.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def measure(shape: Shape, precision: str, threads: int) -> list[dict[str, object
             "batch": batch,
             "fused_groups": groups,
             "kept": program.lowering,
+            "same_program": program.payload == theirs.programs["main"].payload,
             "candidates_ms": dict(program.lowering_ms),
         }
         rows.append(row | compare(ours, theirs, batch, threads))
@@ -121,7 +123,8 @@ def main() -> None:
                 rows.append(row)
                 print(
                     f"{shape.name:<28} {precision:<9} {row['batch']:3d} {row['kept']:<9} "
-                    f"{row['ratio']:6.3f}  {row['ratio_p10']:.3f}-{row['ratio_p90']:.3f}",
+                    f"{row['ratio']:6.3f}  {row['ratio_p10']:.3f}-{row['ratio_p90']:.3f}"
+                    + ("  the same program" if row["same_program"] else ""),
                     flush=True,
                 )
     result = {

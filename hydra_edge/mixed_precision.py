@@ -71,7 +71,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Mix:
-    """The mix.
+    """A mix of two precisions.
 
     Attributes:
         graph: The quantized graph.
@@ -107,10 +107,12 @@ def fit(study: Study, precision: str, budget: Budget, fallback: str = "fp16") ->
         fallback: The precision of parts that are too sensitive; ``"fp16"`` or ``"fp32"``.
 
     Raises:
-        InputError: The budget names a figure that is not measured.
+        InputError: A precision is unknown, or the budget names a figure that is not measured.
         QuantizationError: Not even the fallback precision for everything is inside the budget.
     """
-    budget.excess(study.losses(study.reference))  # unknown figures are named before the work
+    # What is unknown is named before the work.
+    Precision(precision, fallback)
+    budget.excess(study.losses(study.reference))
     return _Search(study, study.analyze(precision), budget, fallback).run()
 
 
@@ -169,10 +171,10 @@ class _Search:
         if not self.fits(names[:high]):
             excess = self.budget.excess(self.measured[frozenset(names[:high])])
             raise QuantizationError(
-                f"Even with every layer in {self.fallback} the budget is exceeded: "
-                + ", ".join(f"{name} by {value:.3g}" for name, value in excess.items())
+                f"Even with every layer in {self.fallback} the losses are too large: "
+                + ", ".join(f"{name} {value:.3g}" for name, value in excess.items())
                 + ".",
-                f"Allowed are {_text(self.budget.limits)}.",
+                f"The budget allows {_text(self.budget.limits)}.",
                 "Loosen the budget, or choose fp32 as the fallback.",
             )
         while high - low > 1:

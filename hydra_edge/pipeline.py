@@ -123,6 +123,6 @@ def _explained(failures: tuple[str, ...], precision: Precision) -> tuple[str, st
     return (
         f"The {precision} engine drifted from its source: {'; '.join(failures)}.",
         "No engine was returned.",
-        "Calibrate with more or better data, keep the heads in fp16 (body=int8,heads=fp16), or "
-        "pass looser gates on purpose.",
+        "See with `hydra-edge quantize --report` which heads and layers mind, keep those in fp16 "
+        "(int8,head.3=fp16), calibrate with more or better data, or pass looser gates on purpose.",
     )

@@ -73,9 +73,8 @@ def losses(task: Task, logits: Array, reference: Array, labels: Array | None) ->
     Returns:
         ``mi``, the mean absolute change of the epistemic uncertainty over its mean (a ratio of
         means would let changes up and down cancel), and ``mi_rank``, what its rank correlation
-        lacks of 1. With labels also the loss of ``accuracy`` and the rise
-        of each other metric that should be small, such as ``nll``, ``ece`` and ``rmse``. Negative
-        where a figure got better.
+        lacks of 1. With labels also the loss of ``accuracy`` and the rise of each other metric that
+        should be small, such as ``nll``, ``ece`` and ``rmse``. Negative where a figure got better.
     """
     doubt, expected = (task.summarize(values)[task.epistemic] for values in (logits, reference))
     mean = float(expected.mean())

@@ -63,7 +63,9 @@ def test_a_loose_budget_keeps_nothing_and_a_fused_mix_has_a_group_per_precision(
 
 
 def test_a_budget_nobody_can_keep() -> None:
-    with pytest.raises(QuantizationError, match=r"Even with every layer in fp16 the budget is exc"):
+    with pytest.raises(
+        QuantizationError, match=r"Even with every layer in fp16 the losses are too large: mi"
+    ):
         fit(study_of(student()), "int8", Budget({"mi": 0.0}))
 
 
@@ -80,6 +82,8 @@ def test_unknown_figures_are_named_before_the_work() -> None:
     study = Study(graph, X, None, prepare(graph, X), on_step=steps.append)
     with pytest.raises(InputError, match="There is no figure 'accuracy' to keep inside a budget"):
         fit(study, "int8", Budget({"accuracy": 0.1}))
+    with pytest.raises(InputError, match="Unknown precision 'fp17'"):
+        fit(study, "int8", Budget({"mi": 0.1}), "fp17")
     assert not steps
 
 
