@@ -61,7 +61,7 @@ def _follower(first: gs.Node, outputs: set[int]) -> list[gs.Node]:
 
 def _keeps_channels(node: gs.Node) -> bool:
     """Whether channels stay on axis 1; where Flatten adds positions to them, sizes do not fit."""
-    return node.op != "Flatten" or node.attrs.get("axis", 1) == 1
+    return bool(node.op != "Flatten" or node.attrs.get("axis", 1) == 1)
 
 
 def _own_weight(node: gs.Node, outputs: set[int]) -> bool:

@@ -71,7 +71,7 @@ class Precision:
                     "Only the first item may stand for body and heads alike.",
                     _EXAMPLE,
                 )
-            for part in (name.strip(),) if equals else ("body", "heads"):
+            for part in (_plain(name.strip()),) if equals else ("body", "heads"):
                 if part in parts:
                     raise InputError(
                         f"The precision '{text}' names a part twice.",
@@ -87,7 +87,7 @@ class Precision:
         layers: dict[str, str] = {}
         block = cls.block
         for part, value in parts.items():
-            if part.startswith("head.") and part[5:].isdecimal():
+            if _is_head(part):
                 overrides[int(part[5:])] = value
             elif part.startswith("layer.") and part[6:]:
                 layers[part[6:]] = value
@@ -136,3 +136,12 @@ class Precision:
     def with_head(self, index: int, precision: str) -> Precision:
         """The same but for one head."""
         return replace(self, head_overrides={**self.head_overrides, index: precision})
+
+
+def _is_head(part: str) -> bool:
+    return part.startswith("head.") and part[5:].isdecimal()
+
+
+def _plain(part: str) -> str:
+    """``head.1`` for ``head.01``, so that they are told to be the same part."""
+    return f"head.{int(part[5:])}" if _is_head(part) else part

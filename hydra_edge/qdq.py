@@ -96,7 +96,7 @@ class Inserter:
         self.thresholds = thresholds
         self.weights = weights
         self.block = block
-        self._taken = set(graph.tensors())
+        self._taken = {*graph.tensors(), *(str(node.name) for node in graph.nodes)}
         self._activations: dict[tuple[str, str], gs.Tensor] = {}
         self._weights: dict[tuple[str, str, int], gs.Tensor] = {}
 
@@ -131,9 +131,8 @@ class Inserter:
                 ("QuantizeLinear", tensor, stored),
                 ("DequantizeLinear", stored, back),
             ):
-                self.graph.nodes.append(
-                    gs.Node(op, f"{stem}_{op}", {}, [source, *parameters], [result])
-                )
+                name = self._name(f"{stem}_{op}")
+                self.graph.nodes.append(gs.Node(op, name, {}, [source, *parameters], [result]))
             self._activations[key] = back
         return self._activations[key]
 
@@ -158,11 +157,9 @@ class Inserter:
                 _constant(self._name(f"{stem}_{part}"), values)
                 for part, values in zip(("quantized", "scale", "zero_point"), parts, strict=True)
             ]
-            name = self._name(f"{stem}_dequantized")
-            back = gs.Variable(name, np.float32, list(weight.shape))
-            self.graph.nodes.append(
-                gs.Node("DequantizeLinear", f"{stem}_DequantizeLinear", attrs, constants, [back])
-            )
+            result, name = self._name(f"{stem}_dequantized"), self._name(f"{stem}_DequantizeLinear")
+            back = gs.Variable(result, np.float32, list(weight.shape))
+            self.graph.nodes.append(gs.Node("DequantizeLinear", name, attrs, constants, [back]))
             self._weights[key] = back
         return self._weights[key]
 

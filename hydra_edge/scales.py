@@ -9,7 +9,7 @@ Everything is symmetric: a number x is stored as round(x / scale), cut at ``limi
                 Migacz, "8-bit Inference with TensorRT" (GTC 2017)
 
 Zeros do not count, because every scale stores them exactly: the many that a ReLU writes would pull
-the entropy's choice down to half of what the other values need.
+the entropy's choice far below what the other values need.
 """
 
 from __future__ import annotations

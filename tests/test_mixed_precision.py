@@ -63,9 +63,7 @@ def test_a_loose_budget_keeps_nothing_and_a_fused_mix_has_a_group_per_precision(
 
 
 def test_a_budget_nobody_can_keep() -> None:
-    with pytest.raises(
-        QuantizationError, match=r"Even with every layer in fp16 the losses are too large: mi"
-    ):
+    with pytest.raises(QuantizationError, match="in fp16 the losses are too large: mi"):
         fit(study_of(student()), "int8", Budget({"mi": 0.0}))
 
 

@@ -29,7 +29,13 @@ from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import ArtifactError, HydraError, InputError, QuantizationError
 from hydra_edge.exporting import summarize
 from hydra_edge.fusion import fuse
-from hydra_edge.quantization import PRECISIONS, CalibrationOptions, Precision, quantize
+from hydra_edge.quantization import (
+    PRECISIONS,
+    CalibrationOptions,
+    Precision,
+    prepare,
+    quantize,
+)
 
 X = np.random.default_rng(7).standard_normal((70, 6)).astype(np.float32)
 
@@ -301,7 +307,48 @@ def test_values_without_a_range(value: float) -> None:
         quantize(student(), "int8", calibration=data)
 
 
+@pytest.mark.parametrize("method", ["percentile", "entropy", "mse"])
+def test_fp8_keeps_the_largest_value_whatever_the_method(method: str) -> None:
+    """Its steps shrink with the values, so cutting makes none of them finer."""
+    data = X.copy()
+    data[3, 2] = 1000.0
+    options = CalibrationOptions(method, 99.0)
+    found = quantize(student(), "fp8", calibration=data, options=options)
+    assert found.data == quantize(student(), "fp8", calibration=data).data
+    prepared = prepare(student(), data, options)  # int8 of the same tensors has its own ranges
+    assert prepared.apply(Precision("int8", "int8")).data != prepared.apply(Precision()).data
+    assert prepared.apply(Precision("fp8", "fp8")).data == found.data
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_the_digest_is_that_of_data_that_was_used(correct: bool) -> None:
+    options = CalibrationOptions(correct_bias=correct)
+    found = quantize(student(), "int8-weight-only", calibration=X, options=options)
+    assert (found.metadata.calibration_sha256 is not None) == correct
+
+
 # refusals
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "heads=int8", "fp32,layer.n0=fp8"])
+def test_without_data(precision: str) -> None:
+    message = r"needs calibration data, and none was given.*Pass calibration="
+    with pytest.raises(InputError, match=message):
+        quantize(student(), precision)
+    with pytest.raises(InputError, match=message):
+        prepare(student(), None).apply(Precision.parse(precision))
+
+
+def test_without_data_biases_are_not_corrected() -> None:
+    with pytest.raises(InputError, match="int8-weight-only needs calibration data"):
+        quantize(student(), "int8-weight-only", options=CalibrationOptions(correct_bias=True))
+
+
+def test_heads_and_layers_that_do_not_exist() -> None:
+    with pytest.raises(InputError, match=r"There is no head 3\. The graph has 3 heads"):
+        quantize(student(), Precision("int8", "int8", {3: "fp32"}), calibration=X)
+    with pytest.raises(InputError, match=r"There is no layer 'nothing'\. The graph's layers are"):
+        quantize(student(), "int8,layer.nothing=fp32", calibration=X)
 
 
 def test_a_fused_graph_is_refused() -> None:
@@ -328,53 +375,6 @@ def test_a_graph_that_does_not_run() -> None:
     graph = net.graph({net.op("MatMul", x, net.random(5, 4)): ("batch", 4)})
     with pytest.raises(QuantizationError, match="ONNX Runtime could not load the graph"):
         quantize(graph, "int8", calibration=X)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("int8", Precision("int8", "int8")),
-        ("body=int8,heads=fp16", Precision("int8", "fp16")),
-        ("heads=int8", Precision("fp32", "int8")),
-        ("heads=fp16, body=int8", Precision("int8", "fp16")),
-        ("int8,head.3=fp16", Precision("int8", "int8", {3: "fp16"})),
-        ("int8,layer./a/b=c=fp32", Precision("int8", "int8", layers={"/a/b=c": "fp32"})),
-        ("heads=int4-weight-only,block=32", Precision("fp32", "int4-weight-only", block=32)),
-    ],
-)
-def test_parse(text: str, expected: Precision) -> None:
-    assert Precision.parse(text) == expected
-    assert Precision.parse(str(expected)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("int4", "Unknown precision 'int4'. There are: fp32, fp16, int8"),
-        ("", "Unknown precision ''"),
-        ("body=", "Unknown precision ''"),
-        ("tail=int8", "Unknown part 'tail'"),
-        ("int8,heads=fp16", "names a part twice"),
-        ("body=int8,fp16", "'fp16' in the precision 'body=int8,fp16' names no part"),
-        ("int8,head.x=fp16", "Unknown part 'head.x'"),
-        ("int4-weight-only,block=48", "Blocks of 48 rows"),
-        ("int8,layer.a=int3", "Unknown precision 'int3'"),
-        ("body=int8,body=fp16", "names a part twice"),
-    ],
-)
-def test_parse_refuses(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Precision.parse(text)
-
-
-def test_options_refuse() -> None:
-    with pytest.raises(InputError, match="Unknown calibration method 'guess'"):
-        CalibrationOptions("guess")
-    with pytest.raises(InputError, match="Unknown method for weights 'entropy'"):
-        CalibrationOptions(weights="entropy")
-    for percentile in (50.0, 100.1, float("nan")):
-        with pytest.raises(InputError, match="The calibration percentile is"):
-            CalibrationOptions(percentile=percentile)
 
 
 def test_fp32_changes_nothing() -> None:
