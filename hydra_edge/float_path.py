@@ -28,11 +28,19 @@ _FP8 = frozenset(
 
 
 def dequantize_at_load(graph: gs.Graph) -> None:
-    """Turn weights into floats once, where no reader multiplies their integers."""
+    """Turn weights into floats once, where no reader multiplies their integers, or it does wrong.
+
+    ONNX Runtime (1.32) takes the scales of a quantized MatMul for one per column, whatever they
+    are: it multiplies by the wrong ones, or reads behind their end.
+    """
     for node in [n for n in graph.nodes if n.op == "DequantizeLinear" and n.inputs]:
         if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs):
             continue
-        if all(reader.op in _LAYERS and not _is_integer(reader) for reader in _readers(node)):
+        readers = _readers(node)
+        misread = not _is_per_column(node) and any(
+            reader.op == "MatMul" and _is_integer(reader) for reader in readers
+        )
+        if misread or all(reader.op in _LAYERS and not _is_integer(reader) for reader in readers):
             _to_floats(graph, node)
 
 
@@ -62,15 +70,30 @@ def _is_integer(layer: gs.Node) -> bool:
     return bool(x.inputs) and x.inputs[0].op == "DequantizeLinear"
 
 
+def _is_per_column(node: gs.Node) -> bool:
+    """Whether a weight ``[K, N]`` has one scale per column or for all."""
+    if node.inputs[1].values.size == 1:
+        return True
+    rank, axis = len(node.inputs[0].shape), int(node.attrs.get("axis", 1))
+    return rank == 2 and axis % rank == 1 and not node.attrs.get("block_size", 0)
+
+
 def _to_floats(graph: gs.Graph, node: gs.Node) -> None:
+    """In fp32 as a runtime does it: in fp16 large integers would be infinite, or rounded."""
     rows = _Rows(graph, node)
-    scale = node.inputs[1]
+    values = np.asarray(node.inputs[1].values)
+    half = values.dtype == np.float16
+    scale = gs.Constant(f"{rows.stem}/scale", values.astype(np.float32)) if half else node.inputs[1]
     to = int(onnx.helper.np_dtype_to_tensor_dtype(np.asarray(scale.values).dtype))
     y = rows.emit("Cast", [node.inputs[0]], to=to)
     if len(node.inputs) > 2 and np.any(node.inputs[2].values):
         zero = gs.Constant(f"{rows.stem}/zero", node.inputs[2].values.astype(scale.values.dtype))
         y = rows.emit("Sub", [y, rows.along(zero)])
-    rows.finish("Mul", [y, rows.along(scale)])
+    operands = [y, rows.along(scale)]
+    if half:
+        rows.finish("Cast", [rows.emit("Mul", operands)], to=onnx.TensorProto.FLOAT16)
+    else:
+        rows.finish("Mul", operands)
 
 
 class _Rows:

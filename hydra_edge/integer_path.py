@@ -93,7 +93,10 @@ def _integer_weight(node: gs.Node) -> tuple[Array, Array] | None:
     swapped = bool(node.attrs.get("transB", 0))
     if scale.size > 1 and int(back.attrs.get("axis", 1)) % 2 != (0 if swapped else 1):
         return None
-    return values.T if swapped else values, scale.reshape(-1)
+    matrix = values.T if swapped else values
+    if np.abs(matrix.astype(np.int64)).sum(0).max(initial=0) * 255 >= 1 << 31:
+        return None  # sums of so many products do not fit 32 bits
+    return matrix, scale.reshape(-1)
 
 
 def _replace_product(
@@ -184,7 +187,9 @@ def shift_to_uint8(graph: gs.Graph) -> None:
     for quantize in [node for node in graph.nodes if node.op == "QuantizeLinear"]:
         if len(quantize.inputs) < 3 or not _is_zero(quantize.inputs[2]):
             continue
-        carriers, ends = _readers(quantize)
+        if quantize.inputs[2].values.size != 1:  # ONNX Runtime wants unsigned ones of one scale
+            continue
+        carriers, ends = _readers(graph, quantize)
         written = [node.outputs[0] for node in (quantize, *carriers)]
         if any(_is_output(graph, tensor) for tensor in written):
             continue
@@ -213,14 +218,20 @@ def _can_shift(end: gs.Node, written: list[gs.Tensor]) -> bool:
     return end.op == "DequantizeLinear" and (len(end.inputs) < 3 or _is_zero(end.inputs[2]))
 
 
-def _readers(quantize: gs.Node) -> tuple[list[gs.Node], list[gs.Node]]:
-    """The nodes that carry the integers on, and those that finally read them."""
+def _readers(
+    graph: gs.Graph, quantize: gs.Node
+) -> tuple[list[gs.Node], list[gs.Node]]:
+    """The nodes that carry the integers on, and those that finally read them.
+
+    What a node in a graph of its own carries on may leave that graph, so it is taken for a reader.
+    """
+    own = {id(node) for node in graph.nodes}
     carriers: list[gs.Node] = []
     ends: list[gs.Node] = []
     pending = list(quantize.outputs[0].outputs)
     while pending:
         node = pending.pop()
-        if node.op in _CARRIES and (node.op != "Clip" or _is_relu(node)):
+        if id(node) in own and node.op in _CARRIES and (node.op != "Clip" or _is_relu(node)):
             carriers.append(node)
             pending.extend(node.outputs[0].outputs)
         else:

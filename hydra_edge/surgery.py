@@ -29,6 +29,7 @@ _NOT_IN_NUMPY = frozenset(
         onnx.TensorProto.FLOAT8E5M2FNUZ,
     }
 )
+_WRITTEN_HERE = frozenset({"int4", "uint4", "float8_e4m3fnuz"})
 # How exporters compute axes; shapes have few of them.
 _ARITHMETIC = frozenset({
     "Add", "Cast", "Concat", "Div", "Gather", "Mod", "Mul", "Neg", "Reshape", "Squeeze", "Sub",
@@ -121,9 +122,9 @@ def close_model(
 
 
 def _pack(graph: gs.Graph) -> None:
-    """Two numbers of 4 bits in a byte: GraphSurgeon would write one."""
+    """Two numbers of 4 bits in a byte: GraphSurgeon would write one, and E4M3FNUZ as E4M3FN."""
     for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Constant) and str(tensor.dtype) in ("int4", "uint4"):
+        if isinstance(tensor, gs.Constant) and str(tensor.dtype) in _WRITTEN_HERE:
             proto = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
             tensor.values = LazyValues(proto)
 
