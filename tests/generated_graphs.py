@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_models import Net
 
 from hydra_edge.artifacts.graph import Graph
@@ -399,8 +400,28 @@ def cases(draw: Draw) -> Case:
         outputs[inner] = (batch, c)
     must = not odd and weights != "shared" and how != "mean"
     tolerance = 1e-3 if quantized == "none" else 3e-2
-    notes = [str(kind), quantized, how, str(odd) or "alike"]
-    return Case(net.graph(outputs), must, tolerance, notes)
+    dtype = "float32"
+    if quantized == "none" and weights not in ("cast", "constant"):
+        dtype = str(draw(st.sampled_from(["float32", "float32", "float16", "float64"])))
+        tolerance = 3e-2 if dtype == "float16" else tolerance
+    notes = [str(kind), quantized, how, str(odd) or "alike", dtype]
+    return Case(of_type(net.graph(outputs), dtype), must, tolerance, notes)
+
+
+def of_type(graph: Graph, dtype: str) -> Graph:
+    """A float32 graph with all floats of another type."""
+    number = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    for index, tensor in enumerate(model.graph.initializer):
+        # Scales and region of Resize are float32 whatever it resizes.
+        readers = {n.op_type for n in model.graph.node if tensor.name in n.input}
+        if tensor.data_type == TensorProto.FLOAT and "Resize" not in readers:
+            array = numpy_helper.to_array(tensor).astype(dtype)
+            model.graph.initializer[index].CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = number
+    return Graph(model, graph.metadata)
 
 
 def join(
