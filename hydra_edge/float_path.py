@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
+from hydra_edge import integer_path
+
 Array = npt.NDArray[np.generic]
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FP8 = frozenset(
@@ -31,13 +33,13 @@ def dequantize_at_load(graph: gs.Graph) -> None:
     """Turn weights into floats once, where no reader multiplies their integers, or it does wrong.
 
     ONNX Runtime (1.32) takes the scales of a quantized MatMul for one per column, whatever they
-    are: it multiplies by the wrong ones, or reads behind their end.
+    are, so that it multiplies by the wrong ones or reads behind their end, and sums in 32 bits.
     """
     for node in [n for n in graph.nodes if n.op == "DequantizeLinear" and n.inputs]:
         if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs):
             continue
         readers = _readers(node)
-        misread = not _is_per_column(node) and any(
+        misread = _is_misread(node) and any(
             reader.op == "MatMul" and _is_integer(reader) for reader in readers
         )
         if misread or all(reader.op in _LAYERS and not _is_integer(reader) for reader in readers):
@@ -47,7 +49,11 @@ def dequantize_at_load(graph: gs.Graph) -> None:
 def cast_fp8(graph: gs.Graph) -> None:
     """Q of fp8 is a division and a saturating cast, DQ a cast and a product."""
     for node in [node for node in graph.nodes if node.op.endswith("eLinear")]:
-        if len(node.inputs) < 3 or not isinstance(node.inputs[2], gs.Constant):
+        if len(node.inputs) < 3:
+            continue
+        if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:]):
+            continue
+        if node.inputs[1].values.size > 1 and node.inputs[0].shape is None:
             continue
         if np.asarray(node.inputs[2].values).dtype not in _FP8 or np.any(node.inputs[2].values):
             continue
@@ -70,30 +76,38 @@ def _is_integer(layer: gs.Node) -> bool:
     return bool(x.inputs) and x.inputs[0].op == "DequantizeLinear"
 
 
-def _is_per_column(node: gs.Node) -> bool:
-    """Whether a weight ``[K, N]`` has one scale per column or for all."""
-    if node.inputs[1].values.size == 1:
+def _is_misread(node: gs.Node) -> bool:
+    """Whether a MatMul of ``[K, N]`` by columns, summed in 32 bits, would be another one."""
+    values, scale = (np.asarray(tensor.values) for tensor in node.inputs[:2])
+    if (
+        values.ndim == 2
+        and values.dtype in (np.int8, np.uint8)
+        and not integer_path.fits_32_bits(values)
+    ):
         return True
-    rank, axis = len(node.inputs[0].shape), int(node.attrs.get("axis", 1))
-    return rank == 2 and axis % rank == 1 and not node.attrs.get("block_size", 0)
+    axis = int(node.attrs.get("axis", 1))
+    columns = values.ndim == 2 and axis % 2 == 1 and not node.attrs.get("block_size", 0)
+    return scale.size > 1 and not columns
 
 
 def _to_floats(graph: gs.Graph, node: gs.Node) -> None:
-    """In fp32 as a runtime does it: in fp16 large integers would be infinite, or rounded."""
+    """Computed in fp32 as a runtime does it: in fp16 large integers are rounded, or infinite."""
     rows = _Rows(graph, node)
-    values = np.asarray(node.inputs[1].values)
-    half = values.dtype == np.float16
-    scale = gs.Constant(f"{rows.stem}/scale", values.astype(np.float32)) if half else node.inputs[1]
-    to = int(onnx.helper.np_dtype_to_tensor_dtype(np.asarray(scale.values).dtype))
-    y = rows.emit("Cast", [node.inputs[0]], to=to)
+    scale = node.inputs[1]
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.asarray(scale.values).dtype)
+    wanted = int(node.attrs.get("output_dtype", 0)) or int(kind)
+    if kind == onnx.TensorProto.FLOAT16:
+        kind = onnx.TensorProto.FLOAT
+        scale = gs.Constant(f"{rows.stem}/scale", scale.values.astype(np.float32))
+    y = rows.emit("Cast", [node.inputs[0]], to=int(kind))
     if len(node.inputs) > 2 and np.any(node.inputs[2].values):
         zero = gs.Constant(f"{rows.stem}/zero", node.inputs[2].values.astype(scale.values.dtype))
         y = rows.emit("Sub", [y, rows.along(zero)])
     operands = [y, rows.along(scale)]
-    if half:
-        rows.finish("Cast", [rows.emit("Mul", operands)], to=onnx.TensorProto.FLOAT16)
-    else:
+    if wanted == kind:
         rows.finish("Mul", operands)
+    else:
+        rows.finish("Cast", [rows.emit("Mul", operands)], to=wanted)
 
 
 class _Rows:

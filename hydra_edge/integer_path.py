@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
 Array = npt.NDArray[np.generic]
@@ -90,13 +91,20 @@ def _integer_weight(node: gs.Node) -> tuple[Array, Array] | None:
     zero = back.inputs[2].values if len(back.inputs) > 2 else 0
     if values.dtype != np.int8 or values.ndim != 2 or np.any(zero) or scale.dtype != np.float32:
         return None
+    if back.attrs.get("output_dtype", 0) not in (0, onnx.TensorProto.FLOAT):
+        return None
     swapped = bool(node.attrs.get("transB", 0))
     if scale.size > 1 and int(back.attrs.get("axis", 1)) % 2 != (0 if swapped else 1):
         return None
     matrix = values.T if swapped else values
-    if np.abs(matrix.astype(np.int64)).sum(0).max(initial=0) * 255 >= 1 << 31:
-        return None  # sums of so many products do not fit 32 bits
-    return matrix, scale.reshape(-1)
+    return (matrix, scale.reshape(-1)) if fits_32_bits(matrix) else None
+
+
+def fits_32_bits(matrix: Array) -> bool:
+    """Whether no sum of products of integers of 8 bits along axis 0 leaves int32."""
+    if len(matrix) * 255 * 255 < 1 << 31:
+        return True
+    return bool(np.abs(matrix.astype(np.int64)).sum(0).max(initial=0) * 255 < 1 << 31)
 
 
 def _replace_product(
@@ -218,9 +226,7 @@ def _can_shift(end: gs.Node, written: list[gs.Tensor]) -> bool:
     return end.op == "DequantizeLinear" and (len(end.inputs) < 3 or _is_zero(end.inputs[2]))
 
 
-def _readers(
-    graph: gs.Graph, quantize: gs.Node
-) -> tuple[list[gs.Node], list[gs.Node]]:
+def _readers(graph: gs.Graph, quantize: gs.Node) -> tuple[list[gs.Node], list[gs.Node]]:
     """The nodes that carry the integers on, and those that finally read them.
 
     What a node in a graph of its own carries on may leave that graph, so it is taken for a reader.
