@@ -174,13 +174,12 @@ def quantize(
             "Add --data FILE.npz, with labels if accuracy matters.",
         )
     inputs, labels = load_dataset(data, source.inputs)
-    console = terminal.console_on()
     study = sensitivity.Study(
         source,
         inputs,
         labels,
         prepare(source, calibration, options),
-        on_step=lambda step: console.print(f"[dim]{step} …[/]"),
+        on_step=terminal.show_step,
     )
     if budget is None:
         found = study.analyze(precision)
@@ -269,7 +268,6 @@ def compile_(
     from hydra_edge.artifacts.graph import Graph
     from hydra_edge.quantization import CalibrationOptions
 
-    console = terminal.console_on()
     source = Graph.load(graph)
     if task is not None:
         names = logits.split(",") if logits and "," in logits else logits
@@ -284,15 +282,17 @@ def compile_(
         options=terminal.parse_compile_options(batch, threads, lowering),
         data=inputs,
         labels=labels,
-        on_step=lambda step: console.print(f"[dim]{step} …[/]"),
+        on_step=terminal.show_step,
     )
     engine.save(output)
     terminal.show(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
     if pipeline.pays(engine) is False and not as_json:
-        console.print(
-            f"[yellow]{engine.precision} does not pay here:[/] {engine.metrics['p50_ms']:.3f} ms "
-            f"against {engine.metrics['p50_ms_fp32_twin']:.3f} ms in fp32. "
-            "It is smaller, not faster."
+        from rich.markup import escape
+
+        terminal.console_on().print(
+            f"[yellow]{escape(engine.precision)} does not pay here:[/] "
+            f"{engine.metrics['p50_ms']:.3f} ms against "
+            f"{engine.metrics['p50_ms_fp32_twin']:.3f} ms in fp32. It is smaller, not faster."
         )
 
 

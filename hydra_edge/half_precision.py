@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from hydra_edge import ops, surgery
+from hydra_edge import surgery
 from hydra_edge.errors import QuantizationError
 
 # Operators whose float operands or results have a fixed type or carry sizes rather than values.
@@ -28,11 +28,7 @@ def to_fp16(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
         QuantizationError: A weight is too large for fp16.
     """
     graph = surgery.open_model(model)
-    chosen = [
-        node
-        for node in graph.nodes
-        if node.name in names and node.op not in _STAYS.split() and node.domain != ops.DOMAIN
-    ]
+    chosen = [node for node in graph.nodes if node.name in names and _can_be_half(node)]
     casts = _Casts(graph)
     for node in chosen:
         node.inputs = [casts.half(tensor) for tensor in node.inputs]
@@ -42,6 +38,14 @@ def to_fp16(model: onnx.ModelProto, names: set[str]) -> onnx.ModelProto:
                 node.outputs[index] = casts.written_half(tensor)
                 casts.restore(tensor)
     return surgery.close_model(graph, like=model)
+
+
+def _can_be_half(node: gs.Node) -> bool:
+    """Operators of other domains may know no fp16, and ONNX does not know what they write."""
+    standard = node.domain in (None, "", "ai.onnx")
+    tensors = [tensor for tensor in (*node.inputs, *node.outputs) if not tensor.is_empty()]
+    typed = all(tensor.dtype is not None for tensor in tensors)
+    return standard and typed and node.op not in _STAYS.split()
 
 
 class _Casts:

@@ -31,6 +31,13 @@ def console_on(stderr: bool = True) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+def show_step(step: str) -> None:
+    """One dim line about what is being done; names in it are text, not markup."""
+    from rich.markup import escape
+
+    console_on().print(f"[dim]{escape(step)} …[/]")
+
+
 def show(rows: Mapping[str, object], as_json: bool, title: str) -> None:
     """Print rows, as a table under a title or as JSON."""
     if as_json:

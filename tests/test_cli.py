@@ -369,3 +369,25 @@ def test_fuse_explains_itself(tmp_path: Path) -> None:
     done = hydra("fuse", str(tmp_path / "s.onnx"))
     assert done.exit_code == 2
     assert "No output file was named." in done.output
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    """Steps name layers, and rich would take brackets in names for tags."""
+    graph = student()
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    (layer,) = [node for node in model.graph.node if node.name == "n0"]
+    layer.name = "body[/x]"
+    he.Graph(model, graph.metadata).save(tmp_path / "model.onnx")
+    data = tmp_path / "data.npz"
+    np.savez(data, x=np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32))
+    result = hydra(
+        "quantize", tmp_path / "model.onnx", "--report", "--data", data, "--calibration", data
+    )
+    assert result.exit_code == 0, result.output
+    assert "body[/x] alone" in result.output
+    result = hydra(
+        "compile", tmp_path / "model.onnx", "-o", tmp_path / "model.hydra", "--calibration", data,
+        "--precision", "int8,layer.body[/x]=fp32",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output

@@ -139,3 +139,19 @@ def test_half_of_a_half_model() -> None:
     graph = net.graph({net.op("Tanh", linear(net, h, 5, 4)): ("batch", 4)})
     once = halved(graph, "Relu")
     halved(once, "Gemm", "Tanh")
+
+
+def test_operators_of_other_domains_stay() -> None:
+    """ONNX does not know the type of what they write, nor of anything behind it."""
+    net = Net()
+    x = net.input("x", ("batch", 6))
+    attrs = {"domain": "com.microsoft", "activation": "Relu"}
+    h = net.op("FusedGemm", net.op("Tanh", x), net.random(6, 5), net.random(5), **attrs)
+    y = net.op("Gemm", net.op("Neg", h), net.random(5, 4))
+    ends = [onnx.helper.make_tensor_value_info(y, TensorProto.FLOAT, ("batch", 4))]
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph(net.nodes, "net", net.inputs, ends, net.constants)
+    source = Graph(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    for kinds in ((), ("Tanh", "FusedGemm"), ("Gemm",)):
+        found = Graph(to_fp16(source.model, names(source, *kinds)))
+        assert_same(found, source, rtol=5e-3)

@@ -288,3 +288,35 @@ def test_products_that_stay(make: Callable[[Net, str], str]) -> None:
     lowered = lower(graph, "grouped")
     assert "MatMulInteger" not in ops_of(lowered)
     assert_same(lowered, graph)
+
+
+def test_sums_that_do_not_fit_32_bits_stay_in_floats() -> None:
+    rows = 70_000
+    net = Net()
+    x = net.op("Add", net.op("Abs", net.input("x", ("batch", rows))), net.const(1e3))
+    weight = net.const(np.full((rows, 2), 127), np.int8)
+    w = net.op("DequantizeLinear", weight, net.const(0.03))
+    y = net.op("MatMul", net.qdq(x, 0.05, np.uint8), w)
+    graph = net.graph({y: ("batch", 2)})
+    lowered = lower(graph, "grouped")
+    feeds = feeds_for(graph, 2)
+    payload = lowered.model.SerializeToString()
+    session = ort.InferenceSession(payload, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, feeds)[0], plain(graph, feeds)[y], rtol=1e-3)
+
+
+def test_integers_that_leave_a_branch_stay_signed() -> None:
+    """What reads them behind the If cannot be seen from inside it."""
+    net = Net()
+    x = net.input("x", (5, 6))
+    scale, zero = net.const(0.05), net.const(0, np.int8)
+    q = net.op("QuantizeLinear", x, scale, zero)
+
+    def branch(name: str) -> onnx.GraphProto:
+        node = onnx.helper.make_node("Transpose", [q], [name], perm=[1, 0])
+        end = onnx.helper.make_tensor_value_info(name, TensorProto.INT8, (6, 5))
+        return onnx.helper.make_graph([node], name, [], [end])
+
+    positive = net.op("Greater", net.op("ReduceSum", x, keepdims=0), net.const(0))
+    turned = net.op("If", positive, then_branch=branch("yes"), else_branch=branch("no"))
+    assert_exact(net.graph({net.op("DequantizeLinear", turned, scale, zero): (6, 5)}))

@@ -354,6 +354,8 @@ def test_heads_and_layers_that_do_not_exist() -> None:
 def test_a_fused_graph_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"fused already.*Quantize first, then fuse"):
         quantize(fuse(student()), "fp16")
+    with pytest.raises(QuantizationError, match=r"fused already.*Quantize first, then fuse"):
+        quantize(fuse(quantize(student(body=False), "int8-weight-only")), "fp16")
 
 
 def test_a_quantized_graph_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -108,3 +109,26 @@ def test_fresh_name_looks_below_prefixes() -> None:
     graph = surgery.open_model(net.graph({y: ("batch", 4)}).model)
     assert surgery.fresh_name(graph, "hydra") == "hydra_1"
     assert surgery.fresh_name(graph, "other") == "other_0"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e4m3fnuz,
+        ml_dtypes.float8_e5m2,
+        ml_dtypes.float8_e5m2fnuz,
+        ml_dtypes.int4,
+        ml_dtypes.uint4,
+    ],
+)
+def test_weights_of_any_type_keep_it(dtype: type) -> None:
+    net = Net(opset=21)
+    x = net.input("x", ("batch", 5))
+    w = net.op("Cast", net.const([[1, 2, 3, 0, 1]] * 3, dtype), to=1)
+    graph = net.graph({net.op("MatMul", x, net.op("Transpose", w)): ("batch", 3)})
+    again = round_trip(graph)
+    (before,), (after,) = graph.model.graph.initializer, again.model.graph.initializer
+    assert (after.data_type, after.raw_data) == (before.data_type, before.raw_data)
+    assert_same(again, graph)
