@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from hydra_edge import qdq, surgery
+from hydra_edge import surgery
 from hydra_edge.calibration import Samples
 
 _BIASED = ("Conv", "ConvTranspose", "Gemm")  # their outputs have channels on axis 1
@@ -42,7 +42,7 @@ def correct(
         found = _means(surgery.close_model(graph.copy(), like=model), level, samples)
         for node in level:
             shift = expected[node.outputs[0].name] - found[node.outputs[0].name]
-            _shift(node, shift, qdq.unused(f"{node.name}_corrected_bias", taken))
+            _shift(node, shift, surgery.unused(f"{node.name}_corrected_bias", taken))
     return surgery.close_model(graph, like=model)
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -154,6 +154,7 @@ def quantize(
         raise UsageError(
             "No output file was named.", "quantize writes a graph.", "Add -o FILE, or --report."
         )
+    limits = None if budget is None else mixed_precision.Budget.parse(budget)
     options = CalibrationOptions(
         method=method,
         weights=weights,
@@ -163,9 +164,10 @@ def quantize(
         progress=not as_json,
     )
     source = Graph.load(graph)
-    if not report and budget is None:
+    if not report and limits is None:
+        assert output is not None
         result = quantize_graph(source, precision, calibration=calibration, options=options)
-        terminal.save_graph(result, cast(Path, output), as_json)
+        terminal.save_graph(result, output, as_json)
         return
     if data is None:
         raise UsageError(
@@ -181,13 +183,13 @@ def quantize(
         prepare(source, calibration, options),
         on_step=terminal.show_step,
     )
-    if budget is None:
+    if limits is None:
         found = study.analyze(precision)
         if output is not None:
             study.prepared.apply(Precision(precision, precision)).save(output)
         terminal.show_sensitivity(found, None, as_json)
         return
-    mix = mixed_precision.fit(study, precision, mixed_precision.Budget.parse(budget), fallback)
+    mix = mixed_precision.fit(study, precision, limits, fallback)
     if output is not None:
         mix.graph.save(output)
     terminal.show_sensitivity(mix.sensitivity, mix, as_json)

@@ -20,9 +20,9 @@ from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import CompilationError, InputError
 
 Array = npt.NDArray[np.generic]
-_TIMING_SECONDS = 0.5  # per candidate lowering and round
+_TIMING_SECONDS = 0.5  # per candidate lowering, in all rounds together
 _TIMING_ROUNDS = 7
-_GAIN = 0.96
+_GAIN = 0.96  # one program timed twice differs by a few percent: benchmarks/results/fused-cpu.json
 UNFUSED = "unfused"  # what a program's lowering is called when separate branches were faster
 
 

@@ -38,7 +38,7 @@ def dequantize_at_load(graph: gs.Graph) -> None:
     for node in [n for n in graph.nodes if n.op == "DequantizeLinear" and n.inputs]:
         if not all(isinstance(tensor, gs.Constant) for tensor in node.inputs):
             continue
-        readers = _readers(node)
+        readers = list(node.outputs[0].outputs)
         misread = _is_misread(node) and any(
             reader.op == "MatMul" and _is_integer(reader) for reader in readers
         )
@@ -64,10 +64,6 @@ def cast_fp8(graph: gs.Graph) -> None:
         kind = onnx.helper.np_dtype_to_tensor_dtype(node.inputs[2].values.dtype)
         y = rows.emit("Div", [node.inputs[0], rows.along(node.inputs[1])])
         rows.finish("Cast", [y], to=int(kind), saturate=int(node.attrs.get("saturate", 1)))
-
-
-def _readers(node: gs.Node) -> list[gs.Node]:
-    return list(node.outputs[0].outputs)
 
 
 def _is_integer(layer: gs.Node) -> bool:

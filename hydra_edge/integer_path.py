@@ -44,6 +44,50 @@ def hoist_quantize(graph: gs.Graph) -> None:
         _rebuild(graph, quantize, tensor, path[::-1])
 
 
+def _rebuild(graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]) -> None:
+    parameters = quantize.inputs[1:]
+    stem = f"{quantize.outputs[0].name}/hoisted"
+    current = gs.Variable(f"{stem}_0", dtype=np.int8, shape=start.shape)
+    graph.nodes.append(
+        gs.Node("QuantizeLinear", stem, inputs=[start, *parameters], outputs=[current])
+    )
+    zero = gs.Constant(f"{stem}_zero", np.zeros((), np.int8))
+    for index, node in enumerate(path, 1):
+        relu = node.op == "Relu"
+        output = gs.Variable(f"{stem}_{index}", dtype=np.int8, shape=node.outputs[0].shape)
+        inputs = [current, zero] if relu else [current, *node.inputs[1:]]
+        attrs = {} if relu else dict(node.attrs)
+        op = "Clip" if relu else node.op
+        graph.nodes.append(gs.Node(op, f"{stem}_{op}_{index}", attrs, inputs, [output]))
+        current = output
+    old = quantize.outputs[0]
+    for reader in list(old.outputs):
+        reader.inputs = [current if tensor is old else tensor for tensor in reader.inputs]
+    quantize.inputs.clear()
+
+
+def _is_symmetric_int8(quantize: gs.Node) -> bool:
+    if len(quantize.inputs) < 3:
+        return False
+    scale, zero_point = quantize.inputs[1:3]
+    return (
+        all(
+            isinstance(tensor, gs.Constant) and tensor.values.size == 1
+            for tensor in (scale, zero_point)
+        )
+        and zero_point.values.dtype == np.int8
+        and not np.any(zero_point.values)
+    )
+
+
+def _only_reader(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return len(tensor.outputs) == 1 and not _is_output(graph, tensor)
+
+
+def _is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return any(output is tensor for output in graph.outputs)
+
+
 def integer_source(x: gs.Tensor) -> tuple[gs.Tensor, Array, gs.Constant | None] | None:
     """The integers that ``x`` was dequantized from, with one scale, and the zero point if not 0."""
     node = x.inputs[0] if x.inputs else None
@@ -140,50 +184,6 @@ def _replace_product(
     node.inputs.clear()
     node.outputs.clear()
     y.inputs[0].outputs = [output]
-
-
-def _rebuild(graph: gs.Graph, quantize: gs.Node, start: gs.Tensor, path: list[gs.Node]) -> None:
-    parameters = quantize.inputs[1:]
-    stem = f"{quantize.outputs[0].name}/hoisted"
-    current = gs.Variable(f"{stem}_0", dtype=np.int8, shape=start.shape)
-    graph.nodes.append(
-        gs.Node("QuantizeLinear", stem, inputs=[start, *parameters], outputs=[current])
-    )
-    zero = gs.Constant(f"{stem}_zero", np.zeros((), np.int8))
-    for index, node in enumerate(path, 1):
-        relu = node.op == "Relu"
-        output = gs.Variable(f"{stem}_{index}", dtype=np.int8, shape=node.outputs[0].shape)
-        inputs = [current, zero] if relu else [current, *node.inputs[1:]]
-        attrs = {} if relu else dict(node.attrs)
-        op = "Clip" if relu else node.op
-        graph.nodes.append(gs.Node(op, f"{stem}_{op}_{index}", attrs, inputs, [output]))
-        current = output
-    old = quantize.outputs[0]
-    for reader in list(old.outputs):
-        reader.inputs = [current if tensor is old else tensor for tensor in reader.inputs]
-    quantize.inputs.clear()
-
-
-def _is_symmetric_int8(quantize: gs.Node) -> bool:
-    if len(quantize.inputs) < 3:
-        return False
-    scale, zero_point = quantize.inputs[1:3]
-    return (
-        all(
-            isinstance(tensor, gs.Constant) and tensor.values.size == 1
-            for tensor in (scale, zero_point)
-        )
-        and zero_point.values.dtype == np.int8
-        and not np.any(zero_point.values)
-    )
-
-
-def _only_reader(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    return len(tensor.outputs) == 1 and not _is_output(graph, tensor)
-
-
-def _is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
-    return any(output is tensor for output in graph.outputs)
 
 
 def shift_to_uint8(graph: gs.Graph) -> None:

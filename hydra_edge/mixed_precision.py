@@ -125,10 +125,10 @@ class _Search:
         self.low = found.precision
         self.fallback = fallback
         self.budget = budget
-        self.parts = sorted(found.parts, key=self._cheapness, reverse=True)
+        self.parts = sorted(found.parts, key=self._harm_per_byte, reverse=True)
         self.measured: dict[frozenset[str], Mapping[str, float]] = {frozenset(): found.whole.losses}
 
-    def _cheapness(self, part: Part) -> float:
+    def _harm_per_byte(self, part: Part) -> float:
         """How much of the budget a part takes for each byte that it saves."""
         shares = [
             max(part.losses[name], 0.0) / limit if limit else math.inf * (part.losses[name] > 0)

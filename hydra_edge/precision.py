@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from hydra_edge.errors import InputError
@@ -128,14 +128,6 @@ class Precision:
     def tells_heads_apart(self) -> bool:
         """Whether it matters which nodes are heads."""
         return self.body != self.heads or bool(self.head_overrides)
-
-    def with_layer(self, name: str, precision: str) -> Precision:
-        """The same but for one layer."""
-        return replace(self, layers={**self.layers, name: precision})
-
-    def with_head(self, index: int, precision: str) -> Precision:
-        """The same but for one head."""
-        return replace(self, head_overrides={**self.head_overrides, index: precision})
 
 
 def _is_head(part: str) -> bool:

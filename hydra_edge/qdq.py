@@ -18,11 +18,9 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from hydra_edge import scales
+from hydra_edge import scales, surgery
 from hydra_edge.errors import QuantizationError
 
 Array = npt.NDArray[np.generic]
@@ -72,14 +70,6 @@ def _pools(node: gs.Node) -> bool:
     rank = len(node.inputs[0].shape or ())
     axes = node.inputs[1].values if isinstance(node.inputs[-1], gs.Constant) else ()
     return rank > 3 and sorted(int(axis) % rank for axis in axes) == list(range(2, rank))
-
-
-def unused(name: str, taken: set[str]) -> str:
-    """``name``, longer if it is ``taken``, which it is from now on."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 class Inserter:
@@ -137,7 +127,7 @@ class Inserter:
         return self._activations[key]
 
     def _name(self, name: str) -> str:
-        return unused(name, self._taken)
+        return surgery.unused(name, self._taken)
 
     def _weight(self, node: gs.Node, weight: gs.Constant, precision: str) -> gs.Tensor:
         channel = _output_axis(node, weight)
@@ -154,7 +144,7 @@ class Inserter:
                 parts, attrs = self._channels(weight, channel)
             stem = f"{weight.name}_{precision}_{axis}"
             constants = [
-                _constant(self._name(f"{stem}_{part}"), values)
+                gs.Constant(self._name(f"{stem}_{part}"), values)
                 for part, values in zip(("quantized", "scale", "zero_point"), parts, strict=True)
             ]
             result, name = self._name(f"{stem}_dequantized"), self._name(f"{stem}_DequantizeLinear")
@@ -219,9 +209,3 @@ def _output_axis(node: gs.Node, weight: gs.Constant) -> int:
 def _input_axis(node: gs.Node, weight: gs.Constant) -> int:
     transposed = node.op == "Gemm" and node.attrs.get("transB", 0)
     return 1 if transposed else len(weight.shape) - 2
-
-
-def _constant(name: str, values: Array) -> gs.Constant:
-    if values.dtype == ml_dtypes.int4:  # GraphSurgeon would not pack two in a byte
-        return gs.Constant(name, LazyValues(onnx.numpy_helper.from_array(values, name)))
-    return gs.Constant(name, values)

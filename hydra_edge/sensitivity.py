@@ -156,7 +156,6 @@ class Study:
             )
         self.task = tasks.find(graph.metadata.task)
         self.output = graph.metadata.logits
-        self.graph = graph
         self.prepared = prepared
         self.samples = Samples(data, graph.inputs, progress=prepared.options.progress)  # type: ignore[arg-type]
         self.labels = None if labels is None else to_numpy(labels, "labels")

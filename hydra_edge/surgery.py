@@ -104,7 +104,7 @@ def close_model(
     """
     with _mapped("write"), G_LOGGER.suppress():
         sort(graph)
-        _pack(graph)
+        _write_small_types(graph)
         model: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
         waiting = {weight.tensor.name: weight for weight in deferred}
         for tensor in model.graph.initializer:
@@ -121,8 +121,8 @@ def close_model(
     return model
 
 
-def _pack(graph: gs.Graph) -> None:
-    """Two numbers of 4 bits in a byte: GraphSurgeon would write one, and E4M3FNUZ as E4M3FN."""
+def _write_small_types(graph: gs.Graph) -> None:
+    """GraphSurgeon would write one number of 4 bits in a byte, not two, and E4M3FNUZ as E4M3FN."""
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Constant) and str(tensor.dtype) in _WRITTEN_HERE:
             proto = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
@@ -257,6 +257,14 @@ def fresh_name(graph: gs.Graph, stem: str) -> str:
     while f"{stem}_{index}" in taken:
         index += 1
     return f"{stem}_{index}"
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """``name``, longer if it is ``taken``, which it is from now on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def _constants_to_tensors(graph: gs.Graph) -> None:

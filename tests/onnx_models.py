@@ -176,6 +176,37 @@ def conv_student(m: int = 3, c: int = 4) -> Graph:
     return summarize(graph, "classification", "logits")
 
 
+# What sensitivity is measured on.
+SAMPLES = np.random.default_rng(3).standard_normal((200, 6)).astype(np.float32)
+
+
+def logits_of(graph: Graph) -> np.ndarray:
+    return evaluate(graph.model, {"x": SAMPLES})["head_logits"]
+
+
+def labels_for(graph: Graph) -> np.ndarray:
+    """Drawn from what the graph says, so that its quality is neither perfect nor chance."""
+    prob = evaluate(graph.model, {"x": SAMPLES})["mean_prob"]
+    rng = np.random.default_rng(0)
+    return np.asarray([rng.choice(len(p), p=p / p.sum()) for p in prob.astype(np.float64)])
+
+
+def loud_head(m: int = 4, loud: int = 2) -> Graph:
+    """Alike heads, but one has an outlier in every column, for a feature that is always 0."""
+    net = Net()
+    body = net.rng.standard_normal((6, 6))
+    body[:, 0] = 0
+    features = net.op("Tanh", net.op("MatMul", net.input("x", ("batch", 6)), net.const(body)))
+    heads = []
+    for head in range(m):
+        weight = net.rng.standard_normal((6, 5))
+        if head == loud:
+            weight[0] = 60.0 * np.sign(weight[0])
+        hidden = net.op("Relu", net.op("Gemm", features, net.const(weight), net.random(5)))
+        heads.append(linear(net, hidden, 5, 3))
+    return summarize(net.graph(join(net, heads, 3)), "classification", "logits")
+
+
 def feeds_for(graph: Graph, batch: int = 7, seed: int = 5) -> dict[str, Array]:
     """Normal inputs; every named axis has size ``batch``."""
     rng = np.random.default_rng(seed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx_models import student
-from test_sensitivity import X, labels_for, logits_of, loud_head
+from onnx_models import SAMPLES, labels_for, logits_of, loud_head, student
 
 from hydra_edge import sensitivity
 from hydra_edge.errors import InputError, QuantizationError
@@ -19,7 +18,7 @@ LOW = "int4-weight-only"
 
 
 def study_of(graph: object, labels: np.ndarray | None = None) -> Study:
-    return Study(graph, X, labels, prepare(graph, X))  # type: ignore[arg-type]
+    return Study(graph, SAMPLES, labels, prepare(graph, SAMPLES))  # type: ignore[arg-type]
 
 
 def test_the_sensitive_head_is_kept_and_the_rest_is_not() -> None:
@@ -77,7 +76,7 @@ def test_fp32_keeps_any_budget() -> None:
 def test_unknown_figures_are_named_before_the_work() -> None:
     steps: list[str] = []
     graph = student()
-    study = Study(graph, X, None, prepare(graph, X), on_step=steps.append)
+    study = Study(graph, SAMPLES, None, prepare(graph, SAMPLES), on_step=steps.append)
     with pytest.raises(InputError, match="There is no figure 'accuracy' to keep inside a budget"):
         fit(study, "int8", Budget({"accuracy": 0.1}))
     with pytest.raises(InputError, match="Unknown precision 'fp17'"):

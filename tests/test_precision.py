@@ -91,15 +91,6 @@ def test_who_tells_heads_apart() -> None:
     assert not Precision("int8", "int8", layers={"a": "fp32"}).tells_heads_apart
 
 
-def test_with_one_more_part() -> None:
-    first = Precision("int8", "int8", {0: "fp32"}, {"a": "fp32"})
-    assert str(first.with_head(0, "fp16").with_head(2, "fp8")) == (
-        "int8,head.0=fp16,head.2=fp8,layer.a=fp32"
-    )
-    assert str(first.with_layer("b", "fp16")) == "int8,head.0=fp32,layer.a=fp32,layer.b=fp16"
-    assert str(first) == "int8,head.0=fp32,layer.a=fp32"
-
-
 def test_nobody_can_change_it() -> None:
     overrides = {0: "fp16"}
     precision = Precision("int8", "int8", overrides)

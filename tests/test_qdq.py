@@ -17,7 +17,7 @@ from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import Observer, evaluate
 from hydra_edge.errors import QuantizationError
 from hydra_edge.precision import Precision
-from hydra_edge.qdq import Inserter, observed, unused
+from hydra_edge.qdq import Inserter, observed
 from hydra_edge.quantization import quantize
 
 Array = npt.NDArray[np.float64]
@@ -390,11 +390,6 @@ def test_pools_read_what_layers_read() -> None:
 
 
 # names
-
-
-def test_unused_names() -> None:
-    taken = {"a", "a_"}
-    assert [unused("a", taken), unused("a", taken), unused("b", taken)] == ["a__", "a___", "b"]
 
 
 @pytest.mark.parametrize("name", ["x_scale", "x_zero_point", "x_quantized", "x_dequantized"])

@@ -132,3 +132,9 @@ def test_weights_of_any_type_keep_it(dtype: type) -> None:
     (before,), (after,) = graph.model.graph.initializer, again.model.graph.initializer
     assert (after.data_type, after.raw_data) == (before.data_type, before.raw_data)
     assert_same(again, graph)
+
+
+def test_unused_names() -> None:
+    taken = {"a", "a_"}
+    names = [surgery.unused(name, taken) for name in ("a", "a", "b")]
+    assert names == ["a__", "a___", "b"]

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from hydra_edge import ops, surgery, weightless
 from hydra_edge.branches import OPERATOR, UNKNOWN, Branches, Shared, Step, Value, Weights
@@ -391,8 +389,6 @@ class Stacker:
         """A new constant."""
         array = np.asarray(values, order="C")
         name = self._name("weight")
-        if array.dtype.name in ("int4", "uint4"):  # GraphSurgeon would not pack two in a byte
-            return gs.Constant(name, LazyValues(onnx.numpy_helper.from_array(array, name)))
         if array.nbytes <= weightless.SMALL_BYTES:
             return gs.Constant(name, array.copy())
         self.deferred.append(surgery.Deferred(name, array))

@@ -50,36 +50,22 @@ def fragment(packed: np.ndarray, lane: int, step: int, register: int) -> np.ndar
 
 
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("lane", [0, 1, 5, 31])
-def test_registers_of_a_half_precision_mma(lane: int, step: int) -> None:
-    """PTX ISA, "Matrix Fragments for mma.m16n8k16": a0 and a1 hold rows g and g + 8 of columns 2t
-    and 2t + 1, a2 and a3 those of columns 2t + 8 and 2t + 9. Columns are K permuted so that lane t
-    holds 8 consecutive ones in the two MMAs of a tile.
+@pytest.mark.parametrize("lane", [0, 1, 2, 5, 7, 30, 31])
+@pytest.mark.parametrize(("dtype", "columns"), [(np.float16, 2), (np.int8, 4)])
+def test_registers_of_an_mma(dtype: type, columns: int, lane: int, step: int) -> None:
+    """PTX ISA, "Matrix Fragments for mma.m16n8k16" (halves) and "mma.m16n8k32" (int8): a0 and a1
+    hold rows g and g + 8 of as many consecutive columns as fit 4 bytes, a2 and a3 those of the
+    second half of columns. Columns are K permuted so that lane t holds consecutive ones throughout
+    the two MMAs of a tile.
     """
-    weight = weights((1, 32, 16), np.float16)
+    depth = rows_per_tile(dtype)
+    weight = np.random.default_rng(0).integers(-127, 128, (1, depth, 16)).astype(dtype)
     packed = pack(weight)
     g, t = divmod(lane, 4)
     for register in range(4):
-        k = 8 * t + 4 * step + 2 * (register >= 2)
-        expected = weight[0, k : k + 2, g + 8 * (register % 2)]
-        np.testing.assert_array_equal(
-            fragment(packed, lane, step, register).view(np.float16), expected
-        )
-
-
-@pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("lane", [0, 2, 7, 30])
-def test_registers_of_an_int8_mma(lane: int, step: int) -> None:
-    """PTX ISA, "Matrix Fragments for mma.m16n8k32": the same with four columns a register."""
-    weight = np.random.default_rng(0).integers(-127, 128, (1, 64, 16)).astype(np.int8)
-    packed = pack(weight)
-    g, t = divmod(lane, 4)
-    for register in range(4):
-        k = 16 * t + 8 * step + 4 * (register >= 2)
-        expected = weight[0, k : k + 4, g + 8 * (register % 2)]
-        np.testing.assert_array_equal(
-            fragment(packed, lane, step, register).view(np.int8), expected
-        )
+        k = columns * (4 * t + 2 * step + (register >= 2))
+        expected = weight[0, k : k + columns, g + 8 * (register % 2)]
+        np.testing.assert_array_equal(fragment(packed, lane, step, register).view(dtype), expected)
 
 
 def test_a_warp_reads_consecutive_bytes_and_tiles_lie_along_k() -> None:
