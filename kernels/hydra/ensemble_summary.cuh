@@ -19,7 +19,7 @@
 //   2. each (row, class): mean over the heads, by `class_threads` threads a row;
 //   3. each row: the scalars.
 // Where one row would keep a single block busy for long, 1 and 2 become two kernels, and the last
-// block of a row to arrive adds up what the others left (`summary_heads`, `summary_classes`).
+// block of a row to arrive adds up what the others left (summary_kernels.cuh).
 #pragma once
 
 #include "platform.cuh"
@@ -337,29 +337,5 @@ class SummaryBlock {
   HeadStatistics* statistics_;
   RowPart* parts_;
 };
-
-constexpr int kSummaryThreads = 256;
-
-// Block x takes `rows` rows.
-HYDRA_KERNEL(kSummaryThreads, 2) summary_rows(SummaryParameters p) {
-  HYDRA_SHARED(shared);
-  wait_for_previous_kernel();
-  const int first = block_x() * p.rows;
-  SummaryBlock(p, shared).rows(first, min(first + p.rows, p.batch));
-}
-
-// Block (m, b) reads head m of row b.
-HYDRA_KERNEL(kSummaryThreads, 2) summary_heads(SummaryParameters p) {
-  HYDRA_SHARED(shared);
-  wait_for_previous_kernel();
-  SummaryBlock(p, shared).head(block_y(), block_x());
-}
-
-// Block (s, b) takes slice s of the classes of row b.
-HYDRA_KERNEL(kSummaryThreads, 2) summary_classes(SummaryParameters p) {
-  HYDRA_SHARED(shared);
-  wait_for_previous_kernel();
-  SummaryBlock(p, shared).slice(block_y(), block_x());
-}
 
 }  // namespace hydra

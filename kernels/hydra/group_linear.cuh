@@ -62,7 +62,7 @@ struct QuantizingRead {
 };
 
 template <class Format, class Read, int NT, int RT>
-HYDRA_KERNEL(kMaxThreads, 2) group_linear(GroupLinear p) {
+HYDRA_KERNEL(kMaxThreads, NT == 8 ? 1 : 2) group_linear(GroupLinear p) {
   HYDRA_SHARED(shared);
   const int head = block_y(), first_b = block_z() * NT * kColumns;
   const int warp = thread_index() / 32;

@@ -1,0 +1,58 @@
+// How a launch is shared out over the device: chosen from shape and device alone, without CUDA.
+#pragma once
+
+#include "hydra_kernels.h"
+
+namespace hydra {
+
+// The kernels that exist, by what they multiply; the order is that of the launchers' tables.
+enum class Variant {
+  kHalf,         // fp16 x, fp16 weights
+  kBfloat,
+  kInt8,         // int8 x, int8 weights
+  kQuantizing,   // 16-bit x, quantized on the way; int8 weights
+  kInt8Half,     // fp16 x, int8 weights
+  kInt8Bfloat,
+  kInt4Half,
+  kInt4Bfloat,
+  kNone
+};
+
+Variant variant_of(int x_type, int weight_type, int quantize_x);
+
+constexpr bool is_int4(Variant v) { return v == Variant::kInt4Half || v == Variant::kInt4Bfloat; }
+constexpr bool is_weight_only(Variant v) {
+  return is_int4(v) || v == Variant::kInt8Half || v == Variant::kInt8Bfloat;
+}
+
+// K of a tile, as the formats say it.
+constexpr int depth_of(Variant v) {
+  return is_int4(v) ? 128 : v == Variant::kHalf || v == Variant::kBfloat ? 32 : 64;
+}
+
+// Which (batch_tiles, row_tiles) of `group_linear` are compiled: those whose accumulators and
+// widened weights fit into registers, and where quantizing x anew in every block can pay.
+constexpr bool linear_exists(Variant v, int batch_tiles, int row_tiles) {
+  if (v == Variant::kQuantizing) return batch_tiles <= 2;
+  if (is_int4(v)) return batch_tiles <= 2 || (batch_tiles == 4 && row_tiles == 1);
+  if (is_weight_only(v)) return batch_tiles <= 4 || row_tiles == 1;
+  return true;
+}
+
+constexpr int kSharedWithoutOptIn = 48 * 1024;
+
+inline int divided_up(int a, int b) { return a / b + (a % b != 0); }
+inline int power_of_2_up(int n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+hydra_status check_linear(const hydra_linear_shape& shape, int compute_capability);
+hydra_status check_linear_config(const hydra_linear_shape& shape, const hydra_linear_config& config);
+hydra_status check_summary(const hydra_summary_shape& shape);
+
+// Of a summary behind another kernel: `threads` threads take up to `rows_at_hand` rows.
+hydra_summary_config summary_behind(int heads, int outputs, int rows_at_hand, int threads);
+
+}  // namespace hydra
