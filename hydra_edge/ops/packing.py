@@ -15,6 +15,8 @@ An MMA sums over K in any order as long as both operands agree, so lane t takes 
 bytes of a row, and reads the 16 bytes of x at the same K with one load. Nothing is shuffled, and no
 shared memory is needed between global memory and the tensor cores.
 
+The eight int4 of a word stand in the order 0 2 4 6 1 3 5 7, lowest bits first.
+
 In bytes: ``[M, ceil(N/16), ceil(K·bits/512), 2 steps, 8 g, 4 t, 4 registers, 4]``. What is missing
 to full tiles is 0.
 """
@@ -34,6 +36,8 @@ LAYOUT = "hydra-mma16-1"  # changes whenever a byte moves
 ROWS = 16
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
+# K of the nibbles of a word, from the lowest: one mask then takes two neighbours, four bits up two more.
+_NIBBLES = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _BITS = {
     np.dtype(np.float16): 16,
     np.dtype(ml_dtypes.bfloat16): 16,
@@ -106,16 +110,43 @@ def unpack(packed: Bytes, inputs: int, outputs: int, dtype: npt.DTypeLike) -> Ar
 
 
 def _as_bytes(rows: Array) -> Bytes:
-    """Rows as they lie in memory; of int4 two in a byte, the first in the low half."""
+    """Rows as they lie in memory; of int4 eight in a word, in the order of `_NIBBLES`."""
     if rows.dtype != ml_dtypes.int4:
         return rows.view(np.uint8)
     nibbles = rows.astype(np.int8).view(np.uint8) & 0xF
+    nibbles = nibbles.reshape(len(rows), -1, 8)[:, :, _NIBBLES].reshape(rows.shape)
     return np.asarray(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), np.uint8)
 
 
 def _from_bytes(rows: Bytes, dtype: npt.DTypeLike) -> Array:
     if np.dtype(dtype) != ml_dtypes.int4:
         return rows.view(dtype)
-    nibbles = np.stack([rows & 0xF, rows >> 4], axis=-1).reshape(*rows.shape[:-1], -1)
+    nibbles = np.stack([rows & 0xF, rows >> 4], axis=-1).reshape(*rows.shape[:-1], -1, 8)
+    nibbles = nibbles[..., np.argsort(_NIBBLES)].reshape(*rows.shape[:-1], -1)
     signed = np.where(nibbles > 7, nibbles.astype(np.int8) - 16, nibbles).astype(np.int8)
     return signed.astype(dtype)
+
+
+def pack_group_scales(scale: Array, group: int, dtype: npt.DTypeLike) -> tuple[Array, Array]:
+    """Split scales of int4 weights into one per column and a factor per group.
+
+    The kernels apply the factor, at most 1, in the type of x before they multiply, and the scale of
+    the column in fp32 afterwards: so small scales lose nothing in fp16.
+
+    Args:
+        scale: ``[M, ceil(K/group), N]``, positive.
+        group: 32, 64 or 128 consecutive K.
+        dtype: float16 or bfloat16, the type of x.
+
+    Returns:
+        float32 ``[M, N]``, and `dtype` ``[M, ceil(N/16), ceil(K/128), 128/group, 8, 2]``: rows g and
+        g + 8 of a tile side by side.
+    """
+    heads, _, outputs = scale.shape
+    per_tile, tiles = 128 // group, -(-outputs // ROWS)
+    groups = -(-scale.shape[1] // per_tile) * per_tile
+    column = np.asarray(scale, np.float32).max(1)
+    factor = np.zeros((heads, groups, tiles * ROWS), np.float32)
+    factor[:, : scale.shape[1], :outputs] = scale / column[:, None]
+    rows = factor.reshape(heads, groups // per_tile, per_tile, tiles, 2, 8)
+    return column, np.ascontiguousarray(rows.transpose(0, 3, 1, 2, 5, 4).astype(dtype))

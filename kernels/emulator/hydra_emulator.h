@@ -46,6 +46,10 @@ HYDRA_EMULATOR_API void hydra_emulator_schedule(int reverse);
 /* Shared memory a block may ask for; 227 KB at the start, as on sm_90. */
 HYDRA_EMULATOR_API void hydra_emulator_shared_limit(size_t bytes);
 
+/* The device that the launchers find; sets the shared limit, too. An AGX Orin at the start. */
+HYDRA_EMULATOR_API void hydra_emulator_device(int compute_capability, int multiprocessors,
+                                              int shared_bytes);
+
 /* What went wrong in the last launch, "" if nothing; valid until the next call of any function. */
 HYDRA_EMULATOR_API const char* hydra_emulator_fault(void);
 
