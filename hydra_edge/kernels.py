@@ -13,9 +13,9 @@ and the launch goes to the stream it names. The C interface is ``kernels/hydra_k
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from hydra_edge.errors import CompilationError, InputError, MissingDependencyError
 
@@ -156,7 +156,7 @@ class SummaryConfig(ctypes.Structure):
 
 class _DeviceArray(Protocol):
     @property
-    def __cuda_array_interface__(self) -> Mapping[str, object]: ...
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
 
 
 def address(array: _DeviceArray | int | None) -> int | None:
@@ -211,7 +211,7 @@ class Library:
 
     @property
     def weight_layout(self) -> str:
-        """The layout that packed weights must have; compare with `hydra_edge.ops.packing.LAYOUT`."""
+        """The layout that weights must be packed in; `hydra_edge.ops.packing.LAYOUT` is ours."""
         return str(self.handle.hydra_weight_layout().decode())
 
     def device(self) -> Device:
@@ -222,15 +222,33 @@ class Library:
 
     def choose_linear(self, shape: LinearShape, device: Device) -> LinearConfig:
         """How `group_linear` would share out its work on a device."""
-        return self._choose(self.handle.hydra_choose_linear, shape, device, LinearConfig())
+        config = LinearConfig()
+        self._check(
+            self.handle.hydra_choose_linear(
+                ctypes.byref(shape), ctypes.byref(device), ctypes.byref(config)
+            )
+        )
+        return config
 
     def choose_chain(self, shape: ChainShape, device: Device) -> ChainConfig:
         """How `head_chain` would share out its work on a device."""
-        return self._choose(self.handle.hydra_choose_chain, shape, device, ChainConfig())
+        config = ChainConfig()
+        self._check(
+            self.handle.hydra_choose_chain(
+                ctypes.byref(shape), ctypes.byref(device), ctypes.byref(config)
+            )
+        )
+        return config
 
     def choose_summary(self, shape: SummaryShape, device: Device) -> SummaryConfig:
         """How `ensemble_summary` would share out its work on a device."""
-        return self._choose(self.handle.hydra_choose_summary, shape, device, SummaryConfig())
+        config = SummaryConfig()
+        self._check(
+            self.handle.hydra_choose_summary(
+                ctypes.byref(shape), ctypes.byref(device), ctypes.byref(config)
+            )
+        )
+        return config
 
     def group_linear(
         self,
@@ -281,11 +299,14 @@ class Library:
         )
         self._check(status)
 
-    def _choose(self, function, shape, device, config):  # type: ignore[no-untyped-def]
-        self._check(function(ctypes.byref(shape), ctypes.byref(device), ctypes.byref(config)))
-        return config
-
-    def _launch(self, function, shape, config, arguments, stream):  # type: ignore[no-untyped-def]
+    def _launch(
+        self,
+        function: Callable[..., int],
+        shape: ctypes.Structure,
+        config: ctypes.Structure | None,
+        arguments: ctypes.Structure,
+        stream: int,
+    ) -> None:
         status = function(
             ctypes.byref(shape),
             None if config is None else ctypes.byref(config),

@@ -24,7 +24,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kMaxIntegerInputs = 131072;  // 127 * 128 * K stays below 2^31
 constexpr int kMaxGridYZ = 65535;
-constexpr int kMaxHeads = 4096;  // a summary keeps 12 bytes per head in shared memory
+constexpr int kMaxHeads = 3000;  // a summary keeps 16 bytes per head in 48 KB of shared memory
 
 int staged_bytes(const hydra_linear_config& c) {
   const int rows = 16 * c.row_tiles * c.row_warps;
@@ -156,7 +156,7 @@ hydra_status check_summary(const hydra_summary_shape& s) {
 hydra_summary_config summary_behind(int heads, int outputs, int rows_at_hand, int threads) {
   const int budget = 16 * 1024;  // of shared memory: leaves occupancy alone
   hydra_summary_config c{};
-  c.rows = std::max(1, std::min(rows_at_hand, budget / (12 * heads)));
+  c.rows = std::max(1, std::min(rows_at_hand, budget / (16 * heads)));
   // A thread reads up to 32 logits in less time than a warp takes to add up its lanes.
   c.head_threads = outputs <= 32 ? 1 : 32;
   const int share = threads / power_of_2_up(std::min(c.rows, threads));

@@ -36,7 +36,7 @@ LAYOUT = "hydra-mma16-1"  # changes whenever a byte moves
 ROWS = 16
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
-# K of the nibbles of a word, from the lowest: one mask then takes two neighbours, four bits up two more.
+# K of the nibbles of a word, lowest first: one mask then takes two neighbours.
 _NIBBLES = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _BITS = {
     np.dtype(np.float16): 16,
@@ -139,8 +139,8 @@ def pack_group_scales(scale: Array, group: int, dtype: npt.DTypeLike) -> tuple[A
         dtype: float16 or bfloat16, the type of x.
 
     Returns:
-        float32 ``[M, N]``, and `dtype` ``[M, ceil(N/16), ceil(K/128), 128/group, 8, 2]``: rows g and
-        g + 8 of a tile side by side.
+        float32 ``[M, N]``, and `dtype` ``[M, ceil(N/16), ceil(K/128), 128/group, 8, 2]``: rows g
+        and g + 8 of a tile side by side.
     """
     heads, _, outputs = scale.shape
     per_tile, tiles = 128 // group, -(-outputs // ROWS)

@@ -15,7 +15,7 @@
 // second time from L2: 2 M B C elements; written B C + 4 B floats.
 //
 // A block takes `rows` rows of the batch in three passes, with barriers between:
-//   1. each (row, head): log sum exp, entropy, argmax, by 1 thread, a warp, or the block;
+//   1. each (row, head): log-sum-exp, entropy, argmax, by 1 thread, a warp, or the block;
 //   2. each (row, class): mean over the heads, by `class_threads` threads a row;
 //   3. each row: the scalars.
 // Where one row would keep a single block busy for long, 1 and 2 become two kernels, and the last
@@ -29,8 +29,10 @@ namespace hydra {
 enum class Summary : int { kNone, kSoftmax, kSigmoid, kGaussian };
 enum class Real : int { kFloat, kHalf, kBfloat };
 
+// log sum_c exp(logit) in two parts: where logits are large, their sum would swallow the second.
 struct HeadStatistics {
-  float log_sum;  // log sum_c exp(logit)
+  float top;      // the largest logit
+  float log_sum;  // log sum_c exp(logit - top)
   float entropy;
   int vote;
 };
@@ -101,6 +103,7 @@ class SummaryBlock {
     const HeadStatistics result = statistics_of(row, head, block_threads());
     if (thread_index() != 0) return;
     HeadStatistics* to = p_.statistics + int64_t(row) * p_.heads + head;
+    write_global(&to->top, result.top);
     write_global(&to->log_sum, result.log_sum);
     write_global(&to->entropy, result.entropy);
     write_global(&to->vote, result.vote);
@@ -111,8 +114,8 @@ class SummaryBlock {
     if (p_.kind == Summary::kSoftmax) {
       for (int m = thread_index(); m < p_.heads; m += block_threads()) {
         const HeadStatistics* from = p_.statistics + int64_t(row) * p_.heads + m;
-        write_statistics(m, {read_fresh(&from->log_sum), read_fresh(&from->entropy),
-                             read_fresh(&from->vote)});
+        write_statistics(m, {read_fresh(&from->top), read_fresh(&from->log_sum),
+                             read_fresh(&from->entropy), read_fresh(&from->vote)});
       }
       sync_block();
     }
@@ -201,6 +204,7 @@ class SummaryBlock {
             read_shared(&from->winner)};
   }
   HYDRA_DEVICE void write_statistics(int index, HeadStatistics v) {
+    write_shared(&statistics_[index].top, v.top);
     write_shared(&statistics_[index].log_sum, v.log_sum);
     write_shared(&statistics_[index].entropy, v.entropy);
     write_shared(&statistics_[index].vote, v.vote);
@@ -209,7 +213,7 @@ class SummaryBlock {
   // ---- 1. heads
 
   // Relative to the largest logit, so that nothing overflows:
-  //   S = sum exp(l - top), W = sum (l - top) exp(l - top), log_sum = top + log S, H = log S - W/S
+  //   S = sum exp(l - top), W = sum (l - top) exp(l - top), log_sum = log S, H = log S - W/S
   HYDRA_DEVICE HeadStatistics statistics_of(int row, int head, int threads) {
     const int start = thread_index() % threads;
     const float lowest = -INFINITY;
@@ -232,7 +236,7 @@ class SummaryBlock {
     }
     sum = reduced(sum, threads);
     const float log_s = logf(sum.predictive);
-    return {best.best + log_s, log_s - sum.expected / sum.predictive, best.winner};
+    return {best.best, log_s, log_s - sum.expected / sum.predictive, best.winner};
   }
 
   HYDRA_DEVICE void read_heads(int row, int count) {
@@ -262,7 +266,8 @@ class SummaryBlock {
       float mean = 0;
       if (p_.kind == Summary::kSoftmax) {
         for (int m = 0; m < p_.heads; ++m) {
-          mean += expf(logit(m, row, c) - read_shared(&statistics_[slot * p_.heads + m].log_sum));
+          const HeadStatistics* head = statistics_ + slot * p_.heads + m;
+          mean += expf(logit(m, row, c) - read_shared(&head->top) - read_shared(&head->log_sum));
         }
         mean *= share;
         part.predictive += entropy_term(mean);

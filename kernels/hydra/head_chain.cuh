@@ -102,7 +102,6 @@ class ChainBlock {
         }
         sync_block();  // the sums have been read, and what became of them can be
       }
-      if (l == 0 && begin >= groups) wait_for_previous_kernel();
       if (!last) {
         if (layer.gamma) normalise(layer, input_of(l + 1));
         clear_tail(input_of(l + 1), layer.epilogue.outputs);
@@ -137,18 +136,22 @@ class ChainBlock {
     const int64_t head_tiles = int64_t(row_tiles) * depth * head_;
     const int per_warp = (depth + layer.split.k_warps - 1) / layer.split.k_warps;
     const int begin = warp / layer.split.row_warps * per_warp;
+    // Where K is short and outputs are few, some warps have nothing to do.
+    const bool works = warp < layer.split.row_warps * layer.split.k_warps;
     const Weights weights = {layer.tiles + head_tiles * kTileVectors,
                              layer.group_scales + head_tiles * layer.groups * 8, row_tiles, depth,
                              layer.groups};
     WarpMultiply<Format, NT, 1> product(weights, row_tile + warp % layer.split.row_warps, begin,
-                                        min(begin + per_warp, depth));
+                                        works ? min(begin + per_warp, depth) : begin);
     if (bring_x) {
       wait_for_previous_kernel();
       read_x(in);
       sync_block();
     }
-    product.run(SharedX<Format>{in.rows, in.stride});
-    stage(product.sum, staged_, layer.split);
+    if (works) {
+      product.run(SharedX<Format>{in.rows, in.stride});
+      stage(product.sum, staged_, layer.split);
+    }
     sync_block();
   }
 

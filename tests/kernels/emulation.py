@@ -1,4 +1,4 @@
-"""The kernels on the CPU: compiled with g++, every access checked, called through the C interface."""
+"""The kernels on the CPU: compiled with g++, every access checked, behind their C interface."""
 
 from __future__ import annotations
 
