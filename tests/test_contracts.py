@@ -146,10 +146,18 @@ def test_tests_mirror_modules() -> None:
         "test_docs.py",
         "test_examples.py",
         "test_generated.py",
+        "test_mutations.py",
         "test_readme.py",
     }
+    kernels = ROOT / "kernels"
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         relative = path.relative_to(ROOT / "tests")
-        module = ROOT / "hydra_edge" / relative.with_name(relative.name.removeprefix("test_"))
+        name = relative.name.removeprefix("test_")
+        if relative.parts[0] == "kernels" and relative.name not in others:
+            stem = name.removesuffix(".py")
+            source = kernels / "hydra" / f"{stem}.cuh"
+            assert source.exists() or (kernels / stem).is_dir(), relative
+            continue
+        module = ROOT / "hydra_edge" / relative.with_name(name)
         if relative.name not in others:
             assert module.exists() or module.with_suffix("").is_dir(), relative

@@ -224,7 +224,9 @@ def test_every_configuration_gives_the_same(emulator: Emulator, variant: str) ->
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("shape", [(1, 1, 20, 1), (5, 3, 64, 10), (20, 9, 50, 100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 20, 1), (5, 3, 64, 10), (20, 9, 50, 100), (300, 7, 200, 4)], ids=str
+)
 def test_with_its_summary(
     emulator: Emulator, shape: tuple[int, int, int, int], reverse: bool
 ) -> None:
