@@ -35,8 +35,10 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
     lines = ['#include <stdio.h>\n#include "hydra_kernels.h"', "int main(void) {"]
     for name, structure in STRUCTURES.items():
         lines.append(f'printf("{name} %zu", sizeof({name}));')
-        for field in structure._fields_:
-            lines.append(f'printf(" {field[0]}:%zu", offsetof({name}, {field[0]}));')
+        lines += [
+            f'printf(" {field[0]}:%zu", offsetof({name}, {field[0]}));'
+            for field in structure._fields_
+        ]
         lines.append('puts("");')
     source = tmp_path / "main.c"
     source.write_text("\n".join([*lines, "}"]))
