@@ -24,9 +24,11 @@ check: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
 
-# Thousands of generated graphs through the fusion and every lowering; says what it generated.
+# Thousands of generated graphs through the fusion and every lowering, which says what it generated;
+# then the kernels compiled for every architecture.
 nightly: $(READY)
 	$(BIN)/python -m pytest tests/test_generated.py --hypothesis-profile=nightly -v --capture=no
+	$(BIN)/python -m pytest tests/kernels -m nightly --numprocesses 2
 
 demo: $(READY)
 	$(BIN)/hydra-edge demo --output demo

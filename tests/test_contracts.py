@@ -148,6 +148,7 @@ def test_tests_mirror_modules() -> None:
         "test_generated.py",
         "test_mutations.py",
         "test_readme.py",
+        "test_static_gates.py",
     }
     kernels = ROOT / "kernels"
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
