@@ -52,6 +52,7 @@ class LinearConfig(ctypes.Structure):
         (name, _int)
         for name in (
             *("batch_tiles", "row_tiles", "row_warps", "k_warps", "overlap", "prefer_library"),
+            "prefer_summary_alone",
         )
     )
 
@@ -110,7 +111,11 @@ class ChainConfig(ctypes.Structure):
     """How the work of `ChainShape` is shared out."""
 
     _fields_ = tuple(
-        (name, _int) for name in ("batch_tiles", "warps", "slices", "overlap", "prefer_layers")
+        (name, _int)
+        for name in (
+            *("batch_tiles", "warps", "slices", "overlap", "prefer_layers"),
+            "prefer_summary_alone",
+        )
     )
 
 
@@ -207,7 +212,8 @@ class Library:
             ) from error
         self.handle.hydra_last_error.restype = ctypes.c_char_p
         self.handle.hydra_weight_layout.restype = ctypes.c_char_p
-        self.handle.hydra_summary_workspace.restype = ctypes.c_size_t
+        for name in ("summary_workspace", "linear_shared_bytes", "chain_shared_bytes"):
+            getattr(self.handle, f"hydra_{name}").restype = ctypes.c_size_t
 
     @property
     def weight_layout(self) -> str:
@@ -229,6 +235,16 @@ class Library:
             )
         )
         return config
+
+    def linear_shared_bytes(self, shape: LinearShape, config: LinearConfig) -> int:
+        """Shared memory of a block of `group_linear`."""
+        return int(
+            self.handle.hydra_linear_shared_bytes(ctypes.byref(shape), ctypes.byref(config))
+        )
+
+    def chain_shared_bytes(self, shape: ChainShape, config: ChainConfig) -> int:
+        """Shared memory of a block of `head_chain`."""
+        return int(self.handle.hydra_chain_shared_bytes(ctypes.byref(shape), ctypes.byref(config)))
 
     def choose_chain(self, shape: ChainShape, device: Device) -> ChainConfig:
         """How `head_chain` would share out its work on a device."""

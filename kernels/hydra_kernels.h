@@ -82,6 +82,7 @@ typedef struct {
   int32_t k_warps;        /* warps along K */
   int32_t overlap;        /* 1: programmatic dependent launch */
   int32_t prefer_library; /* 1: a library's GEMM is likely faster at this shape */
+  int32_t prefer_summary_alone; /* 1: hydra_ensemble_summary in a launch of its own likely is */
 } hydra_linear_config;
 
 typedef struct {
@@ -110,6 +111,9 @@ typedef struct {
 hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_device* device,
                                  hydra_linear_config* config);
 
+/* Bytes of shared memory of a block. */
+size_t hydra_linear_shared_bytes(const hydra_linear_shape* shape, const hydra_linear_config* config);
+
 /* `config` may be NULL: then it is chosen for the current device. */
 hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_linear_config* config,
                                 const hydra_linear_arguments* arguments, void* stream);
@@ -133,6 +137,7 @@ typedef struct {
   int32_t slices;      /* blocks that share the outputs of a head */
   int32_t overlap;
   int32_t prefer_layers; /* 1: one `hydra_group_linear` per layer is likely faster */
+  int32_t prefer_summary_alone;
 } hydra_chain_config;
 
 typedef struct {
@@ -157,6 +162,7 @@ typedef struct {
 
 hydra_status hydra_choose_chain(const hydra_chain_shape* shape, const hydra_device* device,
                                 hydra_chain_config* config);
+size_t hydra_chain_shared_bytes(const hydra_chain_shape* shape, const hydra_chain_config* config);
 hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_config* config,
                               const hydra_chain_arguments* arguments, void* stream);
 

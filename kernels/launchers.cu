@@ -104,6 +104,16 @@ hydra_status hydra_query_device(hydra_device* device) {
                  cudaGetErrorString(error));
 }
 
+size_t hydra_linear_shared_bytes(const hydra_linear_shape* shape, const hydra_linear_config* config) {
+  const hydra_linear_shape& s = *shape;
+  const hydra_linear_config& c = *config;
+  const int threads = 32 * c.row_warps * c.k_warps, batch_rows = 8 * c.batch_tiles;
+  const int staged = c.k_warps * batch_rows * staged_stride(16 * c.row_tiles * c.row_warps) * 4;
+  if (s.summary == HYDRA_NO_SUMMARY) return staged;
+  const int rows = summary_behind(s.heads, s.outputs, std::min(batch_rows, s.batch), threads).rows;
+  return std::max(staged, summary_shared_bytes(rows, s.heads, threads));
+}
+
 hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_linear_config* config,
                                 const hydra_linear_arguments* arguments, void* stream) {
   const hydra_linear_shape& s = *shape;
@@ -146,7 +156,6 @@ hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_lin
   p.split = {c.row_warps, c.k_warps};
   const int threads = 32 * c.row_warps * c.k_warps;
   const int rows = 16 * c.row_tiles * c.row_warps, batch_rows = 8 * c.batch_tiles;
-  int shared_bytes = c.k_warps * batch_rows * staged_stride(rows) * 4;
   if (s.summary != HYDRA_NO_SUMMARY) {
     if (!a.counters) return missing("counters");
     if (hydra_status status = check_outputs(s.summary, a.summary)) return status;
@@ -155,10 +164,9 @@ hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_lin
     p.summary = summary_of({s.summary, s.heads, s.batch, s.outputs, HYDRA_FLOAT32}, behind, a.y,
                            a.summary);
     p.counters = a.counters;
-    shared_bytes = std::max(shared_bytes, summary_shared_bytes(behind.rows, s.heads, threads));
   }
   const dim3 grid(divided_up(s.outputs, rows), s.heads, divided_up(s.batch, batch_rows));
-  const Launch how = {grid, threads, size_t(shared_bytes), c.overlap != 0,
+  const Launch how = {grid, threads, hydra_linear_shared_bytes(shape, &c), c.overlap != 0,
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(linear_kernel(variant, c.batch_tiles, c.row_tiles), how, p));
 }
@@ -288,6 +296,17 @@ hydra_status hydra_choose_chain(const hydra_chain_shape* shape, const hydra_devi
   return HYDRA_OK;
 }
 
+size_t hydra_chain_shared_bytes(const hydra_chain_shape* shape, const hydra_chain_config* config) {
+  const hydra_chain_shape& s = *shape;
+  const hydra_chain_config& c = *config;
+  const int bytes = chain_memory(s, c, variant_of(s.x_type, s.weight_type, s.quantize_x)).end;
+  if (s.summary == HYDRA_NO_SUMMARY) return bytes;
+  const int threads = 32 * c.warps;
+  const int rows = summary_behind(s.heads, s.widths[s.layers], std::min(8 * c.batch_tiles, s.batch),
+                                  threads).rows;
+  return std::max(bytes, summary_shared_bytes(rows, s.heads, threads));
+}
+
 hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_config* config,
                               const hydra_chain_arguments* arguments, void* stream) {
   const hydra_chain_shape& s = *shape;
@@ -341,7 +360,6 @@ hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_
   p.staged_offset = memory.staged;
   p.norm_offset = memory.norm;
   const int threads = 32 * c.warps, batch_rows = 8 * c.batch_tiles, outputs = s.widths[s.layers];
-  int shared_bytes = memory.end;
   if (s.summary != HYDRA_NO_SUMMARY) {
     if (!a.counters) return missing("counters");
     if (hydra_status status = check_outputs(s.summary, a.summary)) return status;
@@ -350,10 +368,9 @@ hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_
     p.summary =
         summary_of({s.summary, s.heads, s.batch, outputs, HYDRA_FLOAT32}, behind, a.y, a.summary);
     p.counters = a.counters;
-    shared_bytes = std::max(shared_bytes, summary_shared_bytes(behind.rows, s.heads, threads));
   }
   const dim3 grid(c.slices, s.heads, divided_up(s.batch, batch_rows));
-  const Launch how = {grid, threads, size_t(shared_bytes), c.overlap != 0,
+  const Launch how = {grid, threads, hydra_chain_shared_bytes(shape, &c), c.overlap != 0,
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(chain_kernel(variant, c.batch_tiles), how, p));
 }

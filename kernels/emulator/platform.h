@@ -15,6 +15,7 @@
 #define HYDRA_KERNEL(threads, blocks) void
 #define HYDRA_SHARED(name) unsigned char* name = ::hydra::emulator::machine.shared.data()
 #define HYDRA_UNROLL
+#define HYDRA_NO_UNROLL
 
 namespace hydra {
 

@@ -43,26 +43,39 @@ constexpr int kMaxThreads = 256;
 template <class Format>
 struct DirectRead {
   static constexpr int kBytes = Format::kXBytes;
-  using X = GlobalX<Format>;
-  HYDRA_DEVICE static X make(const GroupLinear&, const uint8_t* rows, int batch, int inputs,
-                             bool aligned, int) {
-    return {rows, batch, inputs, aligned};
+  template <int NT, class Multiply>
+  HYDRA_DEVICE static void run(const GroupLinear&, const uint8_t* rows, int batch, int inputs,
+                               bool aligned, int, Multiply& multiply) {
+    if (aligned) {
+      multiply.run(AlignedX<Format, NT>(rows, batch, inputs));
+    } else {
+      multiply.run(UnalignedX<Format, NT>(rows, batch, inputs));
+    }
   }
 };
 
 struct QuantizingRead {
   static constexpr int kBytes = 2;
-  using X = QuantizedX;
-  HYDRA_DEVICE static X make(const GroupLinear& p, const uint8_t* rows, int batch, int inputs,
-                             bool aligned, int head) {
+  template <int NT, class Multiply>
+  HYDRA_DEVICE static void run(const GroupLinear& p, const uint8_t* rows, int batch, int inputs,
+                               bool aligned, int head, Multiply& multiply) {
     const float scale = p.x_scale.of(head);
-    return {reinterpret_cast<const uint16_t*>(rows), batch, inputs, aligned,
-            p.x_real == Real::kBfloat, scale, 1.0f / scale};
+    const bool bfloat = p.x_real == Real::kBfloat;
+    if (aligned) {
+      multiply.run(QuantizedX<AlignedX, NT>(rows, batch, inputs, bfloat, scale));
+    } else {
+      multiply.run(QuantizedX<UnalignedX, NT>(rows, batch, inputs, bfloat, scale));
+    }
   }
 };
 
+// Two blocks share an SM, except where 128 registers a thread are not enough.
+template <class Format, int NT, int RT>
+constexpr int kLinearBlocks =
+    NT == 8 || (Format::kUnits > 1 && (NT == 4 || NT * RT * Format::kUnits == 16)) ? 1 : 2;
+
 template <class Format, class Read, int NT, int RT>
-HYDRA_KERNEL(kMaxThreads, NT == 8 ? 1 : 2) group_linear(GroupLinear p) {
+HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLinear p) {
   HYDRA_SHARED(shared);
   const int head = block_y(), first_b = block_z() * NT * kColumns;
   const int warp = thread_index() / 32;
@@ -85,7 +98,7 @@ HYDRA_KERNEL(kMaxThreads, NT == 8 ? 1 : 2) group_linear(GroupLinear p) {
   const uint8_t* x_rows = static_cast<const uint8_t*>(p.x) +
                           (int64_t(head) * p.x_per_head * p.batch + first_b) * row_bytes;
   const bool aligned = (reinterpret_cast<uintptr_t>(p.x) | row_bytes) % 16 == 0;
-  multiply.run(Read::make(p, x_rows, p.batch - first_b, p.inputs, aligned, head));
+  Read::template run<NT>(p, x_rows, p.batch - first_b, p.inputs, aligned, head, multiply);
 
   using Sum = typename Format::Sum;
   Sum* staged = reinterpret_cast<Sum*>(shared);

@@ -149,7 +149,7 @@ class ChainBlock {
       sync_block();
     }
     if (works) {
-      product.run(SharedX<Format>{in.rows, in.stride});
+      product.run(SharedX<Format>(in.rows, in.stride));
       stage(product.sum, staged_, layer.split);
     }
     sync_block();
@@ -274,7 +274,7 @@ class ChainBlock {
 };
 
 template <class Format, int NT>
-HYDRA_KERNEL(256, 2) head_chain(HeadChain p) {
+HYDRA_KERNEL(256, NT * Format::kUnits < 8 ? 2 : 1) head_chain(HeadChain p) {
   HYDRA_SHARED(shared);
   ChainBlock<Format, NT> block(p, shared);
   block.run();

@@ -11,86 +11,139 @@
 
 namespace hydra {
 
-// x in global memory, rows of K elements, any alignment.
-template <class Format>
-struct GlobalX {
-  const uint8_t* rows;  // of this head, first row of the batch tile
-  int batch;            // rows that exist
-  int inputs;           // K
-  bool aligned;         // 16 bytes, in every row
+// ---- where x comes from: chunk(n, tile, u) is what this lane multiplies in unit u of a tile
+//
+// Rows beyond the batch repeat its last row: a column of an MMA depends on no other, and what
+// becomes of these is never stored. K beyond the inputs reads as 0, for weights there are 0, and
+// 0 times what lies behind might be NaN.
 
-  // Elements k… of row b, 16 bytes; 0 where there are none.
-  HYDRA_DEVICE uint4 chunk(int b, int tile, int u, int t) const {
-    constexpr int per_chunk = 16 / Format::kXBytes;
-    const int k = tile * Format::kDepth + (t * Format::kUnits + u) * per_chunk;
-    const uint8_t* row = rows + int64_t(b) * inputs * Format::kXBytes;
-    if (b >= batch || k >= inputs) return make_uint4(0, 0, 0, 0);
-    if (aligned) return read_input(reinterpret_cast<const uint4*>(row + k * Format::kXBytes));
-    uint32_t words[4] = {0, 0, 0, 0};
+// Rows of x in global memory, each beginning at a multiple of 16 bytes.
+template <class Format, int NT>
+class AlignedX {
+ public:
+  static constexpr bool kAnyAlignment = false;
+
+  HYDRA_DEVICE AlignedX(const uint8_t* rows, int batch, int inputs) {
+    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+    const int row_bytes = inputs * Format::kXBytes, mine = t * 16 * Format::kUnits;
+    chunks_ = rows + mine;
+    left_ = row_bytes - mine;
     HYDRA_UNROLL
-    for (int i = 0; i < per_chunk; ++i) {
-      if (k + i >= inputs) break;
-      const uint32_t bits = Format::kXBytes == 1
-                                ? read_input(row + k + i)
-                                : read_input(reinterpret_cast<const uint16_t*>(row) + k + i);
-      words[i * Format::kXBytes / 4] |= bits << (8 * (i * Format::kXBytes % 4));
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    for (int n = 0; n < NT; ++n) offset_[n] = min(n * kColumns + g, batch - 1) * row_bytes;
   }
+
+  HYDRA_DEVICE uint4 chunk(int n, int tile, int u) const {
+    const int at = tile * 64 * Format::kUnits + u * 16;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (at < left_) v = read_input(reinterpret_cast<const uint4*>(chunks_ + (offset_[n] + at)));
+    return v;
+  }
+
+ private:
+  const uint8_t* chunks_;  // this lane's first, of row 0
+  int left_;               // bytes of a row from there
+  int offset_[NT];         // of this lane's rows; `check_linear` keeps K small enough
 };
 
-// 16-bit x in global memory, quantized to int8 on the way.
-struct QuantizedX {
-  const uint16_t* rows;
-  int batch;
-  int inputs;
-  bool aligned;
-  bool bfloat;
-  float scale, inverse;
+// The same at any alignment, element by element.
+template <class Format, int NT>
+class UnalignedX {
+ public:
+  static constexpr bool kAnyAlignment = true;
 
-  HYDRA_DEVICE int at(uint16_t bits) const {
-    return quantized(bfloat ? bfloat_to_float(bits) : half_to_float(bits), scale, inverse);
-  }
-  HYDRA_DEVICE uint32_t four(uint32_t low, uint32_t high) const {
-    return (at(low & 0xffff) & 0xff) | (at(low >> 16) & 0xff) << 8 | (at(high & 0xffff) & 0xff) << 16 |
-           uint32_t(at(high >> 16)) << 24;
-  }
-  HYDRA_DEVICE uint4 chunk(int b, int tile, int, int t) const {
-    const int k = tile * Int8Format::kDepth + t * 16;
-    const uint16_t* row = rows + int64_t(b) * inputs;
-    if (b >= batch || k >= inputs) return make_uint4(0, 0, 0, 0);
-    uint32_t words[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    HYDRA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if (k + 8 * half >= inputs) break;
-      if (aligned) {
-        const uint4 v = read_input(reinterpret_cast<const uint4*>(row + k + 8 * half));
-        words[4 * half] = v.x;
-        words[4 * half + 1] = v.y;
-        words[4 * half + 2] = v.z;
-        words[4 * half + 3] = v.w;
+  HYDRA_DEVICE UnalignedX(const uint8_t* rows, int batch, int inputs)
+      : rows_(rows), batch_(batch), inputs_(inputs) {}
+
+  HYDRA_DEVICE uint4 chunk(int n, int tile, int u) const {
+    constexpr int per_chunk = 16 / Format::kXBytes;
+    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+    const int k = tile * Format::kDepth + (t * Format::kUnits + u) * per_chunk;
+    const int64_t row = min(n * kColumns + g, batch_ - 1);
+    const uint8_t* from = rows_ + (row * inputs_ + k) * Format::kXBytes;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    HYDRA_NO_UNROLL  // or else the loads of many chunks are hoisted, and registers run out
+    for (int first = 0; first < per_chunk; first += per_chunk / 2) {
+      uint32_t words[2] = {0, 0};
+      HYDRA_UNROLL
+      for (int i = 0; i < per_chunk / 2; ++i) {
+        uint32_t bits = 0;
+        if (k + first + i < inputs_) bits = element(from, first + i);
+        words[i * Format::kXBytes / 4] |= bits << (8 * (i * Format::kXBytes % 4));
+      }
+      if (first == 0) {
+        v.x = words[0];
+        v.y = words[1];
       } else {
-        HYDRA_UNROLL
-        for (int i = 8 * half; i < 8 * half + 8; ++i) {
-          if (k + i < inputs) words[i / 2] |= uint32_t(read_input(row + k + i)) << (16 * (i % 2));
-        }
+        v.z = words[0];
+        v.w = words[1];
       }
     }
-    return make_uint4(four(words[0], words[1]), four(words[2], words[3]),
-                      four(words[4], words[5]), four(words[6], words[7]));
+    return v;
   }
+
+ private:
+  HYDRA_DEVICE static uint32_t element(const uint8_t* chunk, int i) {
+    if constexpr (Format::kXBytes == 1) return read_input(chunk + i);
+    return read_input(reinterpret_cast<const uint16_t*>(chunk) + i);
+  }
+
+  const uint8_t* rows_;
+  int batch_, inputs_;
+};
+
+// How 16-bit x lies under a tile of int8: a lane's 16 values are two chunks.
+struct WideChunks {
+  static constexpr int kDepth = Int8Format::kDepth, kUnits = 2, kXBytes = 2;
+};
+
+// 16-bit x of either kind, quantized to int8 on the way.
+template <template <class, int> class Rows, int NT>
+class QuantizedX {
+ public:
+  static constexpr bool kAnyAlignment = Rows<WideChunks, NT>::kAnyAlignment;
+
+  HYDRA_DEVICE QuantizedX(const uint8_t* rows, int batch, int inputs, bool bfloat, float scale)
+      : rows_(rows, batch, inputs), bfloat_(bfloat), scale_(scale), inverse_(1.0f / scale) {}
+
+  HYDRA_DEVICE uint4 chunk(int n, int tile, int) const {
+    const uint4 low = rows_.chunk(n, tile, 0), high = rows_.chunk(n, tile, 1);
+    return make_uint4(four(low.x, low.y), four(low.z, low.w), four(high.x, high.y),
+                      four(high.z, high.w));
+  }
+
+ private:
+  HYDRA_DEVICE uint32_t at(uint32_t bits) const {
+    const float v = bfloat_ ? bfloat_to_float(uint16_t(bits)) : half_to_float(uint16_t(bits));
+    return uint32_t(quantized(v, scale_, inverse_)) & 0xff;
+  }
+  HYDRA_DEVICE uint32_t four(uint32_t a, uint32_t b) const {
+    return at(a & 0xffff) | at(a >> 16) << 8 | at(b & 0xffff) << 16 | at(b >> 16) << 24;
+  }
+
+  Rows<WideChunks, NT> rows_;
+  bool bfloat_;
+  float scale_, inverse_;
 };
 
 // x in shared memory, in the order of `chunk_position`; every row and all of K are there.
 template <class Format>
-struct SharedX {
-  const uint8_t* rows;
-  int stride;
+class SharedX {
+ public:
+  static constexpr bool kAnyAlignment = false;
 
-  HYDRA_DEVICE uint4 chunk(int b, int tile, int u, int t) const {
-    const int offset = b * stride + (tile * Format::kUnits + u) * 64 + t * 16;
-    return read_shared(reinterpret_cast<const uint4*>(rows + offset));
+  HYDRA_DEVICE SharedX(const uint8_t* rows, int stride) : stride_(stride) {
+    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+    chunks_ = rows + g * stride + t * 16;
   }
+
+  HYDRA_DEVICE uint4 chunk(int n, int tile, int u) const {
+    const int offset = n * kColumns * stride_ + (tile * Format::kUnits + u) * 64;
+    return read_shared(reinterpret_cast<const uint4*>(chunks_ + offset));
+  }
+
+ private:
+  const uint8_t* chunks_;
+  int stride_;
 };
 
 // A head's packed weights.
@@ -117,7 +170,6 @@ class WarpMultiply {
 
   template <class X>
   HYDRA_DEVICE void run(const X& x) {
-    const int g = lane() / 4, t = lane() % 4;
     HYDRA_UNROLL
     for (int r = 0; r < RT; ++r) {
       HYDRA_UNROLL
@@ -126,25 +178,19 @@ class WarpMultiply {
         for (int i = 0; i < 4; ++i) sum[r][n][i] = 0;
       }
     }
+    if constexpr (X::kAnyAlignment) {  // one tile at a time: a small loop for a rare case
+      HYDRA_NO_UNROLL
+      for (int k = k_begin_; k < k_end_; ++k) {
+        ask(0, k);
+        use(0, k, x);
+      }
+      return;
+    }
     for (int k = k_begin_; k < k_end_; k += kAhead) {
       HYDRA_UNROLL
       for (int i = 0; i < kAhead; ++i) {
         if (k + i >= k_end_) break;
-        HYDRA_UNROLL
-        for (int u = 0; u < Format::kUnits; ++u) {
-          Unit unit[RT];
-          HYDRA_UNROLL
-          for (int r = 0; r < RT; ++r) Format::expand(tile_[i][r], u, scale_[i][r], unit[r]);
-          HYDRA_UNROLL
-          for (int n = 0; n < NT; ++n) {
-            const uint4 chunk = x.chunk(n * kColumns + g, k + i, u, t);
-            HYDRA_UNROLL
-            for (int r = 0; r < RT; ++r) {
-              Format::mma(sum[r][n], unit[r].a[0], chunk.x, chunk.y);
-              Format::mma(sum[r][n], unit[r].a[1], chunk.z, chunk.w);
-            }
-          }
-        }
+        use(i, k + i, x);
         ask(i, k + i + kAhead);
       }
     }
@@ -155,14 +201,31 @@ class WarpMultiply {
  private:
   HYDRA_DEVICE static int lane() { return thread_index() % 32; }
 
+  template <class X>
+  HYDRA_DEVICE void use(int slot, int k, const X& x) {
+    HYDRA_UNROLL
+    for (int u = 0; u < Format::kUnits; ++u) {
+      Unit unit[RT];
+      HYDRA_UNROLL
+      for (int r = 0; r < RT; ++r) Format::expand(tile_[slot][r], u, scale_[slot][r], unit[r]);
+      HYDRA_UNROLL
+      for (int n = 0; n < NT; ++n) {
+        const uint4 chunk = x.chunk(n, k, u);
+        HYDRA_UNROLL
+        for (int r = 0; r < RT; ++r) {
+          Format::mma(sum[r][n], unit[r].a[0], chunk.x, chunk.y);
+          Format::mma(sum[r][n], unit[r].a[1], chunk.z, chunk.w);
+        }
+      }
+    }
+  }
+
   HYDRA_DEVICE void ask(int slot, int k) {
     HYDRA_UNROLL
     for (int r = 0; r < RT; ++r) {
-      if (k >= k_end_ || row_tile_ + r >= weights_.row_tiles) {
-        tile_[slot][r] = Tile{};  // 0: what is multiplied by it does not count
-        scale_[slot][r][0] = scale_[slot][r][1] = 0;
-        continue;
-      }
+      tile_[slot][r] = Tile{};  // 0: what is multiplied by it does not count
+      scale_[slot][r][0] = scale_[slot][r][1] = 0;
+      if (k >= k_end_ || row_tile_ + r >= weights_.row_tiles) continue;
       const int64_t index = int64_t(row_tile_ + r) * weights_.k_tiles + k;
       const uint4* tile = weights_.tiles + index * kTileVectors + lane();
       tile_[slot][r].step[0] = read_stream(tile);

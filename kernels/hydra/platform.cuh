@@ -25,6 +25,7 @@
 // Dynamic shared memory as bytes, aligned to 16.
 #define HYDRA_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define HYDRA_UNROLL _Pragma("unroll")
+#define HYDRA_NO_UNROLL _Pragma("unroll 1")
 
 namespace hydra {
 

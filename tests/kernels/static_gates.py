@@ -87,23 +87,45 @@ def measure(architecture: int) -> dict[str, dict[str, int]]:
 
 
 def instructions(cubin: Path) -> dict[str, dict[str, int]]:
-    """Tensor core, 16-byte load and local-memory instructions per kernel; {} without nvdisasm."""
+    """What a kernel consists of; {} without nvdisasm.
+
+    Tensor core, 16-byte load and local-memory instructions of the whole, and ``loop``: all
+    instructions per KB of weights in the loop over K (its iterations take 4 KB).
+    """
     tool = disassembler()
     if tool is None:
         return {}
     listing = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
     found = {}
     for section in re.split(r"^\s*\.section\s+\.text\.", listing, flags=re.MULTILINE)[1:]:
-        ops = Counter(
-            re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+)", section, re.M)
-        )
-        found[label(re.split(r"[,\s]", section, maxsplit=1)[0])] = {
-            "HMMA": sum(n for op, n in ops.items() if op.startswith("HMMA")),
-            "IMMA": sum(n for op, n in ops.items() if op.startswith("IMMA")),
-            "LDG.128": sum(n for op, n in ops.items() if op.startswith("LDG") and ".128" in op),
-            "local": sum(n for op, n in ops.items() if op.startswith(("LDL", "STL"))),
-        }
+        lines: list[str] = []
+        labels: dict[str, int] = {}
+        for line in section.splitlines():
+            if label_here := re.match(r"(\.L_x_\d+):", line):
+                labels[label_here[1]] = len(lines)
+            elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.*)", line):
+                lines.append(code[1])
+        name = label(re.split(r"[,\s]", section, maxsplit=1)[0])
+        found[name] = _counts(lines)
+        loops = [
+            _counts(lines[labels[jump[1]] : i + 1]) | {"length": i + 1 - labels[jump[1]]}
+            for i, line in enumerate(lines)
+            if (jump := re.match(r"BRA.*`\((\.L_x_\d+)\)", line)) and labels[jump[1]] <= i
+        ]
+        loops = [loop for loop in loops if loop["HMMA"] + loop["IMMA"] > 0 and loop["LDG.128"] >= 8]
+        if loops:
+            found[name]["loop"] = min(loop["length"] for loop in loops) // 4
     return found
+
+
+def _counts(lines: list[str]) -> dict[str, int]:
+    ops = Counter(line.split(maxsplit=1)[0] for line in lines)
+    return {
+        "HMMA": sum(n for op, n in ops.items() if op.startswith("HMMA")),
+        "IMMA": sum(n for op, n in ops.items() if op.startswith("IMMA")),
+        "LDG.128": sum(n for op, n in ops.items() if op.startswith("LDG") and ".128" in op),
+        "local": sum(n for op, n in ops.items() if op.startswith(("LDL", "STL"))),
+    }
 
 
 def disassembler() -> str | None:
@@ -119,7 +141,8 @@ def main() -> None:
     table = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     for architecture in map(int, sys.argv[1:] or ARCHITECTURES):
         table[f"sm_{architecture}"] = {
-            name: numbers["registers"] for name, numbers in sorted(measure(architecture).items())
+            name: {key: numbers[key] for key in ("registers", "loop") if key in numbers}
+            for name, numbers in sorted(measure(architecture).items())
         }
         table = {key: table[key] for key in sorted(table, key=lambda key: int(key[3:]))}
         BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
