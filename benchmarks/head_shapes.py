@@ -28,6 +28,7 @@ class Shape:
         outputs: C.
         norm: LayerNorm and GELU behind each hidden layer instead of ReLU.
         image: Size of the feature map, for heads that begin with a 3x3 convolution of stride 2.
+        rows: Batch sizes that occur.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Shape:
     outputs: int
     norm: bool = False
     image: int = 0
+    rows: tuple[int, ...] = (1, 8, 32)
 
     @property
     def parameters(self) -> int:
@@ -48,19 +50,19 @@ class Shape:
 
 
 SHAPES = (
-    Shape("toy regression", 20, 50, (50,), 2),
-    Shape("SVHN Hydra-20", 20, 512, (128, 128), 10),
-    Shape("CIFAR-100 linear heads", 4, 64, (), 100),
-    Shape("ResNet-18, many heads", 120, 512, (), 100),
+    Shape("toy regression", 20, 50, (50,), 2, rows=(1, 256)),
+    Shape("SVHN Hydra-20", 20, 512, (128, 128), 10, rows=(1, 256)),
+    Shape("CIFAR-100 linear heads", 4, 64, (), 100, rows=(1, 128)),
+    Shape("ResNet-18, many heads", 120, 512, (), 100, rows=(1, 32)),
     Shape("ResNet-50 ImageNet", 4, 2048, (), 1000),
-    Shape("MobileNet / EfficientNet", 10, 1280, (), 1000),
-    Shape("ViT-S, MLP heads", 8, 384, (768,), 1000),
-    Shape("ViLT VQA", 5, 768, (1536,), 3129, norm=True),
-    Shape("Up-Down VQA", 30, 1024, (2048,), 3129),
-    Shape("caption transformer", 4, 512, (), 9488),
-    Shape("BLIP-base LM head", 4, 768, (768,), 30524),
-    Shape("dense captioning", 4, 512, (), 10500),
-    Shape("paper scale", 50, 512, (128,), 10),
+    Shape("MobileNet / EfficientNet", 10, 1280, (), 1000, rows=(1,)),
+    Shape("ViT-S, MLP heads", 8, 384, (768,), 1000, rows=(1, 8)),
+    Shape("ViLT VQA", 5, 768, (1536,), 3129, norm=True, rows=(1, 8)),
+    Shape("Up-Down VQA", 30, 1024, (2048,), 3129, rows=(1, 64)),
+    Shape("caption transformer", 4, 512, (), 9488, rows=(5,)),
+    Shape("BLIP-base LM head", 4, 768, (768,), 30524, rows=(3, 5)),
+    Shape("dense captioning", 4, 512, (), 10500, rows=(300,)),
+    Shape("paper scale", 50, 512, (128,), 10, rows=(1, 32)),
     Shape("CIFAR Hydra-20, conv heads", 20, 256, (128,), 10, image=8),
 )
 

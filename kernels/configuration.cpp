@@ -23,6 +23,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kMaxIntegerInputs = 131072;  // 127 * 128 * K stays below 2^31
+constexpr int kMaxInputs = 1 << 24;        // offsets within 64 rows of x have 32 bits
 constexpr int kMaxGridYZ = 65535;
 constexpr int kMaxHeads = 3000;  // a summary keeps 16 bytes per head in 48 KB of shared memory
 
@@ -51,6 +52,9 @@ hydra_status check_linear(const hydra_linear_shape& s, int compute_capability) {
     return failure(HYDRA_UNSUPPORTED,
                    "%d heads. One launch takes %d, %d with a summary. Split the heads.", s.heads,
                    kMaxGridYZ, kMaxHeads);
+  }
+  if (s.inputs > kMaxInputs) {
+    return failure(HYDRA_UNSUPPORTED, "K=%d. One layer takes %d. Split K.", s.inputs, kMaxInputs);
   }
   const Variant variant = variant_of(s.x_type, s.weight_type, s.quantize_x);
   if (variant == Variant::kNone) {
@@ -102,7 +106,7 @@ hydra_status check_linear_config(const hydra_linear_shape& s, const hydra_linear
   const bool known = (c.batch_tiles == 1 || c.batch_tiles == 2 || c.batch_tiles == 4 ||
                       c.batch_tiles == 8) &&
                      (c.row_tiles == 1 || c.row_tiles == 2);
-  if (!known || !linear_exists(variant, c.batch_tiles, c.row_tiles)) {
+  if (!known || !linear_exists(variant, c.batch_tiles)) {
     return failure(HYDRA_UNSUPPORTED,
                    "batch_tiles=%d with row_tiles=%d. No such kernel is compiled for these types. Ask "
                    "hydra_choose_linear.", c.batch_tiles, c.row_tiles);
@@ -182,14 +186,13 @@ hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_de
 
   hydra_linear_config c{};
   c.batch_tiles = 1;
-  while (8 * c.batch_tiles < s.batch && linear_exists(variant, 2 * c.batch_tiles, 1) &&
+  while (8 * c.batch_tiles < s.batch && linear_exists(variant, 2 * c.batch_tiles) &&
          c.batch_tiles < 8) {
     c.batch_tiles *= 2;
   }
   c.row_tiles = 2;
   c.row_warps = c.k_warps = 1;
-  if (row_tiles == 1 || !linear_exists(variant, c.batch_tiles, 2) ||
-      blocks_of(s, c) < 2 * device->sm_count) {
+  if (row_tiles == 1 || blocks_of(s, c) < 2 * device->sm_count) {
     c.row_tiles = 1;
   }
   const int warps = c.batch_tiles * c.row_tiles == 16 ? kWarps / 2 : kWarps;  // shared memory

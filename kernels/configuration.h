@@ -30,13 +30,10 @@ constexpr int depth_of(Variant v) {
   return is_int4(v) ? 128 : v == Variant::kHalf || v == Variant::kBfloat ? 32 : 64;
 }
 
-// Which (batch_tiles, row_tiles) of `group_linear` are compiled: those whose accumulators and
-// widened weights fit into registers, and where quantizing x anew in every block can pay.
-constexpr bool linear_exists(Variant v, int batch_tiles, int row_tiles) {
-  if (v == Variant::kQuantizing) return batch_tiles <= 2;
-  if (is_int4(v)) return batch_tiles <= 2 || (batch_tiles == 4 && row_tiles == 1);
-  if (is_weight_only(v)) return batch_tiles <= 4 || row_tiles == 1;
-  return true;
+// Which batch_tiles of `group_linear` are compiled. Quantizing x anew in every block does not pay
+// for many rows.
+constexpr bool linear_exists(Variant v, int batch_tiles) {
+  return v != Variant::kQuantizing || batch_tiles <= 2;
 }
 
 constexpr int kSharedWithoutOptIn = 48 * 1024;

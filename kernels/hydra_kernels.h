@@ -47,7 +47,7 @@ typedef enum {
 /* "What happened. Why. What to do." of this thread's last failure; "" before any. */
 const char* hydra_last_error(void);
 
-/* The layout of packed weights that these kernels read, such as "hydra-mma16-1". */
+/* The layout of packed weights that these kernels read, such as "hydra-mma16-2". */
 const char* hydra_weight_layout(void);
 
 /* What the choice of a configuration depends on. */

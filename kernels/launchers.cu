@@ -85,7 +85,7 @@ hydra_status check_weights(Variant variant, const void* weight, const float* wei
 
 const char* hydra_last_error(void) { return error_text(); }
 
-const char* hydra_weight_layout(void) { return "hydra-mma16-1"; }
+const char* hydra_weight_layout(void) { return "hydra-mma16-2"; }
 
 hydra_status hydra_query_device(hydra_device* device) {
   int current = 0, major = 0, minor = 0;

@@ -48,7 +48,7 @@ struct Types<Variant::kInt4Bfloat> {
 
 template <Variant V, int NT, int RT>
 constexpr LinearKernel linear_if_compiled() {
-  if constexpr (linear_exists(V, NT, RT)) {
+  if constexpr (linear_exists(V, NT)) {
     return group_linear<typename Types<V>::Format, typename Types<V>::Read, NT, RT>;
   } else {
     return nullptr;

@@ -15,7 +15,9 @@ An MMA sums over K in any order as long as both operands agree, so lane t takes 
 bytes of a row, and reads the 16 bytes of x at the same K with one load. Nothing is shuffled, and no
 shared memory is needed between global memory and the tensor cores.
 
-The eight int4 of a word stand in the order 0 2 4 6 1 3 5 7, lowest bits first.
+The eight int4 of a word stand in the order 0 2 4 6 1 3 5 7, lowest bits first. Lane t takes its four
+words of int4, eight values of K each, in the order t, t ^ 1, t ^ 2, t ^ 3: the 16 bytes of x that the
+lanes of a row read at once then lie in different banks.
 
 In bytes: ``[M, ceil(N/16), ceil(K·bits/512), 2 steps, 8 g, 4 t, 4 registers, 4]``. What is missing
 to full tiles is 0.
@@ -32,12 +34,13 @@ from hydra_edge.errors import InputError
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
 
-LAYOUT = "hydra-mma16-1"  # changes whenever a byte moves
+LAYOUT = "hydra-mma16-2"  # changes whenever a byte moves
 ROWS = 16
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
 # K of the nibbles of a word, lowest first: one mask then takes two neighbours.
 _NIBBLES = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+_LANE_WORDS = np.arange(4)[:, None] ^ np.arange(4)  # [t, place]; its own inverse
 _BITS = {
     np.dtype(np.float16): 16,
     np.dtype(ml_dtypes.bfloat16): 16,
@@ -94,6 +97,8 @@ def pack(weight: Array) -> Bytes:
         rows[:outputs, :inputs] = weight[head].T
         # [tile, half, g, block, t, step, register pair]; registers are (pair, half).
         words = _as_bytes(rows).view(np.uint32).reshape(tiles, 2, 8, blocks, 4, 2, 2)
+        if rows.dtype == ml_dtypes.int4:
+            words = _exchange(words)
         packed[head] = words.transpose(0, 3, 5, 2, 4, 6, 1)
     return packed.view(np.uint8).reshape(heads, tiles, blocks, TILE_BYTES)
 
@@ -103,10 +108,20 @@ def unpack(packed: Bytes, inputs: int, outputs: int, dtype: npt.DTypeLike) -> Ar
     heads, tiles, blocks, _ = packed.shape
     depth = rows_per_tile(dtype)
     words = packed.view(np.uint32).reshape(heads, tiles, blocks, 2, 8, 4, 2, 2)
-    rows = np.ascontiguousarray(words.transpose(0, 1, 7, 4, 2, 5, 3, 6)).view(np.uint8)
+    words = np.ascontiguousarray(words.transpose(0, 1, 7, 4, 2, 5, 3, 6))
+    if np.dtype(dtype) == ml_dtypes.int4:
+        words = _exchange(words)
+    rows = words.view(np.uint8)
     values = _from_bytes(rows.reshape(heads, tiles * ROWS, blocks * ROW_BYTES), dtype)
     assert values.shape == (heads, tiles * ROWS, blocks * depth)
     return np.ascontiguousarray(values[:, :outputs, :inputs].swapaxes(1, 2))
+
+
+def _exchange(words: Array) -> Array:
+    """The words of each lane, ``[..., t, 2, 2]``, in the order of `_LANE_WORDS`, or back."""
+    lanes = words.reshape(*words.shape[:-2], 4)
+    order = np.broadcast_to(_LANE_WORDS, lanes.shape)
+    return np.take_along_axis(lanes, order, -1).reshape(words.shape)
 
 
 def _as_bytes(rows: Array) -> Bytes:

@@ -71,6 +71,8 @@ inline uint4 read_stream(const uint4* p, emulator::Where where = emulator::Where
   return emulator::load(p);
 }
 
+inline void prefetch(const void*) {}  // reads nothing
+
 template <class T>
 T read_input(const T* p, emulator::Where where = emulator::Where::here()) {
   emulator::machine.global.read(p, sizeof(T), emulator::Read::input, where);

@@ -10,8 +10,9 @@
 //   int8,   16 bit                64       2   one step, widened
 //   int4,   16 bit               128       4   one word of each row, widened and scaled by group
 //
-// In unit u lane t multiplies the chunk 4 u + t of its tile, if chunks are counted in the order in
-// which `chunk_position` puts them; in memory, K being consecutive, that is chunk kUnits * t + u.
+// Of a row of x in memory lane t takes kUnits consecutive chunks, in unit u chunk
+// kUnits * t + `unit_chunk(u, t)`. Of four, the lanes of a row begin with different ones: or else
+// two of them would read from the same banks of L1. `chunk_position` is the order in shared memory.
 #pragma once
 
 #include "platform.cuh"
@@ -30,6 +31,12 @@ struct Tile {
 struct Unit {
   uint32_t a[2][4];
 };
+
+// The chunk, of its own kUnits, that lane t multiplies in unit u; and the other way round.
+template <class Format>
+HYDRA_HOST_DEVICE int unit_chunk(int u, int t) {
+  return Format::kUnits == 4 ? u ^ t : u;
+}
 
 // ---- 16-bit floats
 
@@ -184,8 +191,8 @@ template <class Format>
 HYDRA_HOST_DEVICE int chunk_position(int k) {
   constexpr int per_chunk = 16 / Format::kXBytes;
   const int tile = k / Format::kDepth;
-  const int chunk = k % Format::kDepth / per_chunk;
-  const int place = chunk % Format::kUnits * 4 + chunk / Format::kUnits;
+  const int chunk = k % Format::kDepth / per_chunk, t = chunk / Format::kUnits;
+  const int place = unit_chunk<Format>(chunk % Format::kUnits, t) * 4 + t;
   return tile * 64 * Format::kUnits + place * 16 + k % per_chunk * Format::kXBytes;
 }
 

@@ -43,29 +43,18 @@ constexpr int kMaxThreads = 256;
 template <class Format>
 struct DirectRead {
   static constexpr int kBytes = Format::kXBytes;
-  template <int NT, class Multiply>
-  HYDRA_DEVICE static void run(const GroupLinear&, const uint8_t* rows, int batch, int inputs,
-                               bool aligned, int, Multiply& multiply) {
-    if (aligned) {
-      multiply.run(AlignedX<Format, NT>(rows, batch, inputs));
-    } else {
-      multiply.run(UnalignedX<Format, NT>(rows, batch, inputs));
-    }
+  template <template <class, int> class Rows, int NT>
+  HYDRA_DEVICE static Rows<Format, NT> make(const GroupLinear& p, const uint8_t* rows, int batch, int) {
+    return {rows, batch, p.inputs};
   }
 };
 
 struct QuantizingRead {
   static constexpr int kBytes = 2;
-  template <int NT, class Multiply>
-  HYDRA_DEVICE static void run(const GroupLinear& p, const uint8_t* rows, int batch, int inputs,
-                               bool aligned, int head, Multiply& multiply) {
-    const float scale = p.x_scale.of(head);
-    const bool bfloat = p.x_real == Real::kBfloat;
-    if (aligned) {
-      multiply.run(QuantizedX<AlignedX, NT>(rows, batch, inputs, bfloat, scale));
-    } else {
-      multiply.run(QuantizedX<UnalignedX, NT>(rows, batch, inputs, bfloat, scale));
-    }
+  template <template <class, int> class Rows, int NT>
+  HYDRA_DEVICE static QuantizedX<Rows, NT> make(const GroupLinear& p, const uint8_t* rows, int batch,
+                                                int head) {
+    return {rows, batch, p.inputs, p.x_real == Real::kBfloat, p.x_scale.of(head)};
   }
 };
 
@@ -89,16 +78,18 @@ HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLin
   const int k_begin = warp / p.split.row_warps * per_warp;
   const Weights weights = {p.tiles + head_tiles * kTileVectors,
                            p.group_scales + head_tiles * p.groups * 8, row_tiles, k_tiles, p.groups};
+  const int64_t row_bytes = int64_t(p.inputs) * Read::kBytes;
+  const bool aligned = (reinterpret_cast<uintptr_t>(p.x) | row_bytes) % 16 == 0;
   WarpMultiply<Format, NT, RT> multiply(
       weights, first_row / kRows + warp % p.split.row_warps * RT, k_begin,
-      min(k_begin + per_warp, k_tiles));
+      aligned ? p.inputs / Format::kDepth : 0, min(k_begin + per_warp, k_tiles));
 
   wait_for_previous_kernel();
-  const int64_t row_bytes = int64_t(p.inputs) * Read::kBytes;
   const uint8_t* x_rows = static_cast<const uint8_t*>(p.x) +
                           (int64_t(head) * p.x_per_head * p.batch + first_b) * row_bytes;
-  const bool aligned = (reinterpret_cast<uintptr_t>(p.x) | row_bytes) % 16 == 0;
-  Read::template run<NT>(p, x_rows, p.batch - first_b, p.inputs, aligned, head, multiply);
+  const int here = min(NT * kColumns, p.batch - first_b);
+  multiply.run(Read::template make<AlignedX, NT>(p, x_rows, here, head));
+  multiply.run_rest(Read::template make<UnalignedX, NT>(p, x_rows, here, head));
 
   using Sum = typename Format::Sum;
   Sum* staged = reinterpret_cast<Sum*>(shared);
@@ -106,7 +97,6 @@ HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLin
   sync_block();
 
   const int stride = staged_stride(rows);
-  const int here = min(NT * kColumns, p.batch - first_b);
   const float y_scale = p.y_type == Output::kInt8 ? p.y_scale.of(head) : 1.0f;
   for (int i = thread_index(); i < rows * here; i += block_threads()) {
     const int row = i % rows, b = i / rows, n = first_row + row;

@@ -142,7 +142,7 @@ class ChainBlock {
                              layer.group_scales + head_tiles * layer.groups * 8, row_tiles, depth,
                              layer.groups};
     WarpMultiply<Format, NT, 1> product(weights, row_tile + warp % layer.split.row_warps, begin,
-                                        works ? min(begin + per_warp, depth) : begin);
+                                        depth, works ? min(begin + per_warp, depth) : begin);
     if (bring_x) {
       wait_for_previous_kernel();
       read_x(in);

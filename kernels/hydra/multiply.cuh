@@ -14,50 +14,48 @@ namespace hydra {
 // ---- where x comes from: chunk(n, tile, u) is what this lane multiplies in unit u of a tile
 //
 // Rows beyond the batch repeat its last row: a column of an MMA depends on no other, and what
-// becomes of these is never stored. K beyond the inputs reads as 0, for weights there are 0, and
-// 0 times what lies behind might be NaN.
+// becomes of these is never stored.
 
-// Rows of x in global memory, each beginning at a multiple of 16 bytes.
+// Whole tiles of rows in global memory that begin at multiples of 16 bytes.
 template <class Format, int NT>
 class AlignedX {
  public:
-  static constexpr bool kAnyAlignment = false;
-
-  HYDRA_DEVICE AlignedX(const uint8_t* rows, int batch, int inputs) {
+  HYDRA_DEVICE AlignedX(const uint8_t* rows, int batch, int inputs) : rows_(rows) {
     const int g = thread_index() % 32 / 4, t = thread_index() % 4;
-    const int row_bytes = inputs * Format::kXBytes, mine = t * 16 * Format::kUnits;
-    chunks_ = rows + mine;
-    left_ = row_bytes - mine;
     HYDRA_UNROLL
-    for (int n = 0; n < NT; ++n) offset_[n] = min(n * kColumns + g, batch - 1) * row_bytes;
+    for (int n = 0; n < NT; ++n) {
+      offset_[n] = min(n * kColumns + g, batch - 1) * inputs * Format::kXBytes;
+    }
+    HYDRA_UNROLL
+    for (int u = 0; u < Format::kUnits; ++u) {
+      unit_[u] = (t * Format::kUnits + unit_chunk<Format>(u, t)) * 16;
+    }
   }
 
   HYDRA_DEVICE uint4 chunk(int n, int tile, int u) const {
-    const int at = tile * 64 * Format::kUnits + u * 16;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (at < left_) v = read_input(reinterpret_cast<const uint4*>(chunks_ + (offset_[n] + at)));
-    return v;
+    const uint8_t* from = rows_ + (uint32_t(tile * 64 * Format::kUnits) + unit_[u]) + offset_[n];
+    return read_input(reinterpret_cast<const uint4*>(from));
   }
 
  private:
-  const uint8_t* chunks_;  // this lane's first, of row 0
-  int left_;               // bytes of a row from there
-  int offset_[NT];         // of this lane's rows; `check_linear` keeps K small enough
+  const uint8_t* rows_;
+  uint32_t offset_[NT];  // of this lane's rows; `check_linear` keeps K small enough
+  uint32_t unit_[Format::kUnits];
 };
 
-// The same at any alignment, element by element.
+// Rows at any alignment, element by element. K beyond the inputs reads as 0: weights there are 0,
+// too, but 0 times what lies behind might be NaN.
 template <class Format, int NT>
 class UnalignedX {
  public:
-  static constexpr bool kAnyAlignment = true;
-
   HYDRA_DEVICE UnalignedX(const uint8_t* rows, int batch, int inputs)
       : rows_(rows), batch_(batch), inputs_(inputs) {}
 
   HYDRA_DEVICE uint4 chunk(int n, int tile, int u) const {
     constexpr int per_chunk = 16 / Format::kXBytes;
     const int g = thread_index() % 32 / 4, t = thread_index() % 4;
-    const int k = tile * Format::kDepth + (t * Format::kUnits + u) * per_chunk;
+    const int chunk = t * Format::kUnits + unit_chunk<Format>(u, t);
+    const int k = tile * Format::kDepth + chunk * per_chunk;
     const int64_t row = min(n * kColumns + g, batch_ - 1);
     const uint8_t* from = rows_ + (row * inputs_ + k) * Format::kXBytes;
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -100,8 +98,6 @@ struct WideChunks {
 template <template <class, int> class Rows, int NT>
 class QuantizedX {
  public:
-  static constexpr bool kAnyAlignment = Rows<WideChunks, NT>::kAnyAlignment;
-
   HYDRA_DEVICE QuantizedX(const uint8_t* rows, int batch, int inputs, bool bfloat, float scale)
       : rows_(rows, batch, inputs), bfloat_(bfloat), scale_(scale), inverse_(1.0f / scale) {}
 
@@ -129,8 +125,6 @@ class QuantizedX {
 template <class Format>
 class SharedX {
  public:
-  static constexpr bool kAnyAlignment = false;
-
   HYDRA_DEVICE SharedX(const uint8_t* rows, int stride) : stride_(stride) {
     const int g = thread_index() % 32 / 4, t = thread_index() % 4;
     chunks_ = rows + g * stride + t * 16;
@@ -161,15 +155,21 @@ class WarpMultiply {
   using Sum = typename Format::Sum;
   static constexpr int kAhead = 4 / RT;
 
-  // Asks for the first tiles. Weights are constants, so this may run before x is there.
-  HYDRA_DEVICE WarpMultiply(const Weights& weights, int row_tile, int k_begin, int k_end)
-      : weights_(weights), row_tile_(row_tile), k_begin_(k_begin), k_end_(k_end) {
+  // Tiles of K from `k_begin` to `k_end`, of which `run` takes those below `k_whole`. Asks for the
+  // first: weights are constants, so this may happen before x is there.
+  HYDRA_DEVICE WarpMultiply(const Weights& weights, int row_tile, int k_begin, int k_whole, int k_end)
+      : weights_(weights),
+        row_tile_(row_tile),
+        k_begin_(k_begin),
+        k_whole_(max(k_begin, min(k_whole, k_end))),
+        k_end_(k_end) {
     HYDRA_UNROLL
-    for (int i = 0; i < kAhead; ++i) ask(i, k_begin + i);
-  }
-
-  template <class X>
-  HYDRA_DEVICE void run(const X& x) {
+    for (int i = 0; i < kAhead; ++i) ask(i, k_begin + i, k_whole_);
+    HYDRA_UNROLL
+    for (int r = 0; r < RT; ++r) {
+      const bool there = k_whole_ < k_end && row_tile + r < weights.row_tiles;
+      if (there && lane() < 8) prefetch(tile_at(r, k_whole_) + lane() * 8);
+    }
     HYDRA_UNROLL
     for (int r = 0; r < RT; ++r) {
       HYDRA_UNROLL
@@ -178,21 +178,27 @@ class WarpMultiply {
         for (int i = 0; i < 4; ++i) sum[r][n][i] = 0;
       }
     }
-    if constexpr (X::kAnyAlignment) {  // one tile at a time: a small loop for a rare case
-      HYDRA_NO_UNROLL
-      for (int k = k_begin_; k < k_end_; ++k) {
-        ask(0, k);
-        use(0, k, x);
-      }
-      return;
-    }
-    for (int k = k_begin_; k < k_end_; k += kAhead) {
+  }
+
+  template <class X>
+  HYDRA_DEVICE void run(const X& x) {
+    for (int k = k_begin_; k < k_whole_; k += kAhead) {
       HYDRA_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        if (k + i >= k_end_) break;
+        if (k + i >= k_whole_) break;
         use(i, k + i, x);
-        ask(i, k + i + kAhead);
+        ask(i, k + i + kAhead, k_whole_);
       }
+    }
+  }
+
+  // One tile at a time: a small loop for what is rare, the end of K and x that is not aligned.
+  template <class X>
+  HYDRA_DEVICE void run_rest(const X& x) {
+    HYDRA_NO_UNROLL
+    for (int k = k_whole_; k < k_end_; ++k) {
+      ask(0, k, k_end_);
+      use(0, k, x);
     }
   }
 
@@ -220,20 +226,25 @@ class WarpMultiply {
     }
   }
 
-  HYDRA_DEVICE void ask(int slot, int k) {
+  HYDRA_DEVICE const uint4* tile_at(int r, int k) const {
+    return weights_.tiles + index_of(r, k) * kTileVectors;
+  }
+  HYDRA_DEVICE int64_t index_of(int r, int k) const {
+    return int64_t(row_tile_ + r) * weights_.k_tiles + k;
+  }
+
+  HYDRA_DEVICE void ask(int slot, int k, int k_end) {
     HYDRA_UNROLL
     for (int r = 0; r < RT; ++r) {
       tile_[slot][r] = Tile{};  // 0: what is multiplied by it does not count
       scale_[slot][r][0] = scale_[slot][r][1] = 0;
-      if (k >= k_end_ || row_tile_ + r >= weights_.row_tiles) continue;
-      const int64_t index = int64_t(row_tile_ + r) * weights_.k_tiles + k;
-      const uint4* tile = weights_.tiles + index * kTileVectors + lane();
-      tile_[slot][r].step[0] = read_stream(tile);
-      tile_[slot][r].step[1] = read_stream(tile + 32);
+      if (k >= k_end || row_tile_ + r >= weights_.row_tiles) continue;
+      tile_[slot][r].step[0] = read_stream(tile_at(r, k) + lane());
+      tile_[slot][r].step[1] = read_stream(tile_at(r, k) + lane() + 32);
       if (Format::kGroupScales) {
         const int group = lane() % 4 * weights_.groups / 4;
-        const uint32_t pair =
-            read_input(weights_.group_scales + (index * weights_.groups + group) * 8 + lane() / 4);
+        const int64_t index = index_of(r, k) * weights_.groups + group;
+        const uint32_t pair = read_input(weights_.group_scales + index * 8 + lane() / 4);
         scale_[slot][r][0] = permute_bytes(pair, 0, 0x1010);
         scale_[slot][r][1] = permute_bytes(pair, 0, 0x3232);
       }
@@ -241,7 +252,7 @@ class WarpMultiply {
   }
 
   Weights weights_;
-  int row_tile_, k_begin_, k_end_;
+  int row_tile_, k_begin_, k_whole_, k_end_;
   Tile tile_[kAhead][RT];
   uint32_t scale_[kAhead][RT][2];
 };

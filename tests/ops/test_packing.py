@@ -92,4 +92,4 @@ def test_what_cannot_be_packed() -> None:
     for shape in ((2, 3), (1, 0, 3)):
         with pytest.raises(InputError, match=r"Weights of shape \[.*\] cannot be packed"):
             pack(np.ones(shape, np.int8))
-    assert LAYOUT == "hydra-mma16-1"
+    assert LAYOUT == "hydra-mma16-2"

@@ -1,0 +1,325 @@
+"""What the kernels should reach on a device that is not at hand: a model, not a measurement.
+
+Usage: python benchmarks/kernel_model.py [-o results/kernel-model.json]
+
+For every layer of every benchmarked shape it asks the heuristic how the work is shared out, and
+predicts the time from what nvcc made of the kernel (kernels/budgets.json) and from the device:
+
+    time   = launch + latency + max(DRAM, SM) + overhead of the last blocks
+    DRAM   = bytes that must come / bandwidth
+    SM     = bytes of the busiest SM / its rate, the least of
+               issue    instructions of the loop, 4 a clock, of which 80 % are reached
+               L1       128 bytes a clock; of x half, for two rows of 64 bytes share the banks
+               L2       weights, and x where it does not stay in L1, through the SM's port
+               tensor   multiply-adds
+               latency  bytes on the way / latency: 4 KB a warp, in blocks that spend a part of
+                        their life without any, because they start or end
+
+The floor is ``weight bytes / bandwidth``. `fraction` is floor / (time - launch): how much of the
+bandwidth a launch in a graph reaches while it runs. Below a megabyte or so latency is most of it,
+and `attainable` says what the same bytes could reach at best: floor / (floor + latency + overhead).
+
+Wherever a figure of a device is not published it errs to the slow side, and is marked so below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from head_shapes import SHAPES, Shape
+
+from hydra_edge import kernels
+from hydra_edge.errors import HydraError
+from hydra_edge.kernels import FLOAT16, FLOAT32, INT4, INT8, Library, LinearConfig, LinearShape
+
+BUDGETS = Path(__file__).parents[1] / "kernels" / "budgets.json"
+KB = 1024
+TILE = 1024  # bytes; also what one trip through the loop multiplies per row tile
+BLOCK_CLOCKS = 1200  # a block's life without loads: launch, barrier, sums, stores (assumed)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device.
+
+    Attributes:
+        name: What `hydra-edge targets` will call it.
+        compute_capability: 87 for 8.7.
+        sm_count: SMs.
+        clock: Hz.
+        bandwidth: Bytes/s of DRAM.
+        latency: Seconds from DRAM under load (assumed).
+        l2_port: Bytes per clock from L2 into one SM (assumed; measured by others on H100).
+        l2: Bytes of L2.
+        l1: Bytes of L1 and shared memory per SM.
+        shared: Bytes of shared memory per SM.
+        multiplies: fp16 multiply-adds per clock and SM by mma.sync; int8 twice as many.
+        launch: Seconds of a launch inside a graph (assumed).
+    """
+
+    name: str
+    compute_capability: int
+    sm_count: int
+    clock: float
+    bandwidth: float
+    latency: float
+    l2_port: float
+    l2: int
+    l1: int
+    shared: int
+    multiplies: int
+    launch: float = 1.3e-6
+
+
+# Clocks, SMs and bandwidth: data sheets of the modules; per-SM limits: CUDA programming guide.
+GPUS = (
+    Gpu("jetson-agx-orin", 87, 16, 1.3e9, 204.8e9, 0.8e-6, 32, 4 << 20, 192 * KB, 164 * KB, 1024),
+    Gpu("jetson-orin-nano", 87, 8, 1.02e9, 102e9, 0.8e-6, 32, 2 << 20, 192 * KB, 164 * KB, 1024),
+    Gpu("jetson-thor", 110, 20, 1.575e9, 273e9, 0.8e-6, 32, 32 << 20, 256 * KB, 228 * KB, 1024),
+    Gpu("h200", 90, 132, 1.755e9, 4300e9, 0.7e-6, 28, 50 << 20, 256 * KB, 228 * KB, 1024),
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store weights; see kernels/hydra/formats.cuh."""
+
+    name: str
+    x_type: int
+    weight_type: int
+    bits: int
+    depth: int  # K of a tile
+    units: int  # chunks of x per lane and tile
+    group: int = 0
+
+    @property
+    def x_bytes(self) -> int:
+        return 1 if self.x_type == INT8 else 2
+
+
+FORMATS = (
+    Format("fp16", FLOAT16, FLOAT16, 16, 32, 1),
+    Format("w8a8", INT8, INT8, 8, 64, 1),
+    Format("w8a16", FLOAT16, INT8, 8, 64, 2),
+    Format("w4a16", FLOAT16, INT4, 4, 128, 4, group=128),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one launch.
+
+    Attributes:
+        floor: Seconds that the weights take at full bandwidth.
+        time: Seconds from launch to launch, `launch` included.
+        launch: Seconds of an empty kernel.
+        fixed: Seconds of latency and of the last blocks, which no bandwidth shortens.
+        bound: What the time is made of.
+        blocks_per_sm: That fit.
+        waves: Blocks over blocks that run at once.
+    """
+
+    floor: float
+    time: float
+    launch: float
+    fixed: float
+    bound: str
+    blocks_per_sm: int
+    waves: float
+
+    @property
+    def fraction(self) -> float:
+        return self.floor / (self.time - self.launch)
+
+    @property
+    def attainable(self) -> float:
+        return self.floor / (self.floor + self.fixed)
+
+
+def layers(shape: Shape) -> Iterator[tuple[int, int]]:
+    """(K, N) of each linear layer."""
+    return itertools.pairwise((shape.features, *shape.hidden, shape.outputs))
+
+
+def predict(
+    gpu: Gpu, shape: LinearShape, format: Format, config: LinearConfig, shared: int, budget: Any
+) -> Prediction:
+    """The time of one `group_linear`; `shared` is a block's, `budget` a row of budgets.json."""
+    nt, rt, warps = config.batch_tiles, config.row_tiles, config.row_warps * config.k_warps
+    row_tiles, k_tiles = -(-shape.outputs // 16), -(-shape.inputs // format.depth)
+    columns = -(-row_tiles // (rt * config.row_warps))
+    batches = -(-shape.batch // (8 * nt))
+    grid = columns * shape.heads * batches
+    per_warp = -(-k_tiles // config.k_warps)
+
+    # Bytes. Every batch tile reads all weights: from L2, if they stay there.
+    tile_bytes = TILE + (32 * 128 // format.group if format.group else 0)
+    weights = shape.heads * row_tiles * k_tiles * tile_bytes
+    x = shape.batch * shape.inputs * format.x_bytes * (shape.heads if shape.x_per_head else 1)
+    y = shape.heads * shape.batch * shape.outputs * 4
+    repeats = batches if weights > gpu.l2 / 2 else 1
+    dram = (weights * repeats + x + y) / gpu.bandwidth
+    block_bytes = weights * batches / grid
+
+    # An SM's rate while it has enough to do, in clocks per tile.
+    x_of_block = 8 * nt * shape.inputs * format.x_bytes
+    stays = not shape.x_per_head and x_of_block <= (gpu.l1 - 2 * shared) / 2
+    x_from_l1 = format.units * nt * 512 / rt  # bytes per tile
+    x_from_l2 = 0 if stays else x_from_l1 / config.row_warps
+    macs = 2 * format.units * nt * (4096 if format.x_type == INT8 else 2048)
+    clocks = {
+        "issue": budget["loop"] / 4 / 0.8,
+        "L1": tile_bytes / 128 + x_from_l1 / 64,
+        "L2": (tile_bytes + x_from_l2) / gpu.l2_port,
+        "tensor": macs / (gpu.multiplies * (2 if format.x_type == INT8 else 1)),
+    }
+    bound = max(clocks, key=lambda key: clocks[key])
+    rate = tile_bytes / clocks[bound] * gpu.clock
+
+    # And while it waits.
+    threads = 32 * warps
+    registers = -(-budget["registers"] // 8) * 8 * threads
+    fit = min(65536 // registers, gpu.shared // (shared + KB), 1536 // threads)
+    resident = min(fit, -(-grid // gpu.sm_count))
+    rows = 16 * rt * config.row_warps
+    stores = -(-rows * min(8 * nt, shape.batch) // threads)
+    overhead = (BLOCK_CLOCKS + stores * (20 + 10 * config.k_warps)) / gpu.clock
+    life = gpu.latency * -(-per_warp * rt // 4) + overhead
+    waiting = resident * block_bytes / life
+    if waiting < rate:
+        rate, bound = waiting, "latency"
+
+    busiest = max(grid / gpu.sm_count, min(-(-grid // gpu.sm_count), fit)) * block_bytes
+    sm = busiest / rate
+    if dram >= sm:
+        bound = "DRAM"
+    fixed = gpu.latency + overhead
+    floor = shape.heads * shape.inputs * shape.outputs * format.bits / 8 / gpu.bandwidth
+    time = gpu.launch + fixed + max(dram, sm)
+    waves = grid / (fit * gpu.sm_count)
+    return Prediction(floor, time, gpu.launch, fixed, bound, fit, waves)
+
+
+def linear_shape(shape: Shape, batch: int, layer: int, format: Format) -> LinearShape:
+    """A layer as the kernels see it; only the first shares its input."""
+    inputs, outputs = list(layers(shape))[layer]
+    return LinearShape(
+        heads=shape.heads,
+        batch=batch,
+        inputs=inputs,
+        outputs=outputs,
+        x_type=format.x_type,
+        weight_type=format.weight_type,
+        y_type=FLOAT32,
+        x_per_head=int(layer > 0),
+        group=format.group,
+    )
+
+
+def device_of(gpu: Gpu) -> kernels.Device:
+    """What the heuristic sees of it."""
+    return kernels.Device(gpu.compute_capability, gpu.sm_count, gpu.shared - KB)
+
+
+def budget_of(gpu: Gpu, format: Format, config: LinearConfig) -> Any:
+    table = json.loads(BUDGETS.read_text())[f"sm_{gpu.compute_capability}"]
+    return table[f"group_linear {format.name} {config.batch_tiles}x{config.row_tiles}"]
+
+
+def configurations() -> Iterator[LinearConfig]:
+    """All that could be launched."""
+    for nt, rt, rows, depth in itertools.product((1, 2, 4, 8), (1, 2), (1, 2, 4, 8), (1, 2, 4, 8)):
+        if rows * depth <= 8:
+            yield LinearConfig(nt, rt, rows, depth)
+
+
+def best(library: Library, gpu: Gpu, shape: LinearShape, format: Format) -> float:
+    """The least time that the model predicts for any configuration."""
+    least = math.inf
+    for config in configurations():
+        try:
+            row = budget_of(gpu, format, config)
+        except KeyError:  # not compiled
+            continue
+        shared = library.linear_shared_bytes(shape, config)
+        if shared <= 48 * KB:
+            least = min(least, predict(gpu, shape, format, config, shared, row).time)
+    return least
+
+
+def evaluate(library: Library, gpu: Gpu) -> list[dict[str, Any]]:
+    """A row per layer of each shape, batch size and format."""
+    rows = []
+    for shape, format in itertools.product(SHAPES, FORMATS):
+        if shape.image:
+            continue
+        for batch, layer in itertools.product(shape.rows, range(len(shape.hidden) + 1)):
+            linear = linear_shape(shape, batch, layer, format)
+            try:
+                config = library.choose_linear(linear, device_of(gpu))
+            except HydraError as error:
+                rows.append({"shape": shape.name, "format": format.name, "refused": str(error)})
+                continue
+            shared = library.linear_shared_bytes(linear, config)
+            p = predict(gpu, linear, format, config, shared, budget_of(gpu, format, config))
+            rows.append(
+                {
+                    "shape": shape.name,
+                    "format": format.name,
+                    "batch": batch,
+                    "layer": layer,
+                    "weights_mb": round(p.floor * gpu.bandwidth / 1e6, 3),
+                    "config": {
+                        key: getattr(config, key)
+                        for key in ("batch_tiles", "row_tiles", "row_warps", "k_warps")
+                    },
+                    "floor_us": round(p.floor * 1e6, 3),
+                    "time_us": round(p.time * 1e6, 3),
+                    "fraction": round(p.fraction, 3),
+                    "attainable": round(p.attainable, 3),
+                    "bound": p.bound,
+                    "blocks_per_sm": p.blocks_per_sm,
+                    "waves": round(p.waves, 2),
+                    "against_best": round(p.time / best(library, gpu, linear, format), 3),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(__file__).parent / "results" / "kernel-model.json"
+    parser.add_argument("-o", "--output", type=Path, default=default)
+    parser.add_argument("--library", type=Path, help="libhydra_kernels.so")
+    arguments = parser.parse_args()
+    library = kernels.load(arguments.library)
+    record = {
+        "what": "predicted, not measured",
+        "devices": [
+            dataclasses.asdict(gpu) | {"rows": evaluate(library, gpu)} for gpu in GPUS
+        ],
+    }
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    for device in record["devices"]:
+        print(device["name"])
+        for row in device["rows"]:
+            if "refused" not in row:
+                print(
+                    f"  {row['shape'][:24]:24} {row['format']:6} B={row['batch']:<4} "
+                    f"layer {row['layer']} {row['weights_mb']:9.3f} MB  {row['floor_us']:8.2f} us "
+                    f"-> {row['time_us']:8.2f} us  {row['fraction']:6.1%} of {row['attainable']:6.1%} "
+                    f"{row['bound']:8} {tuple(row['config'].values())} best x{row['against_best']}"
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
