@@ -22,6 +22,7 @@ namespace hydra {
 // ---- threads
 
 inline int thread_index() { return emulator::machine.thread().index; }
+inline int thread_index_again() { return thread_index(); }
 inline int block_threads() { return emulator::machine.threads(); }
 inline int block_x() { return int(emulator::machine.block().x); }
 inline int block_y() { return int(emulator::machine.block().y); }

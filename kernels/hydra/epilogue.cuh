@@ -68,7 +68,7 @@ HYDRA_HOST_DEVICE int staged_bytes(const Split& split) {
 // What one split of K has to say, into shared memory.
 template <class Sum, int NT, int RT>
 HYDRA_DEVICE void stage(const Sum (&sum)[RT][NT][4], Sum* staged, const Split& split) {
-  const int lane = thread_index() % 32, g = lane / 4, t = lane % 4, warp = thread_index() / 32;
+  const int thread = thread_index_again(), warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const int stride = staged_stride(split.row_warps * RT * kRows);
   Sum* plane = staged + warp / split.row_warps * NT * kColumns * stride +
                warp % split.row_warps * RT * kRows;

@@ -112,7 +112,7 @@ HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLin
   if (!SummaryBlock::last_to_arrive(p.counters + block_z(), blocks, reinterpret_cast<int*>(shared))) {
     return;
   }
-  SummaryBlock(p.summary, shared).rows(first_b, first_b + here);
+  SummaryBlock(p.summary, shared).rows(first_b, min(first_b + NT * kColumns, p.batch));
 }
 
 }  // namespace hydra

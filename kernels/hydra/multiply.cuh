@@ -21,26 +21,23 @@ template <class Format, int NT>
 class AlignedX {
  public:
   HYDRA_DEVICE AlignedX(const uint8_t* rows, int batch, int inputs) : rows_(rows) {
-    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+    const int g = thread_index() % 32 / 4;
     HYDRA_UNROLL
     for (int n = 0; n < NT; ++n) {
       offset_[n] = min(n * kColumns + g, batch - 1) * inputs * Format::kXBytes;
     }
-    HYDRA_UNROLL
-    for (int u = 0; u < Format::kUnits; ++u) {
-      unit_[u] = (t * Format::kUnits + unit_chunk<Format>(u, t)) * 16;
-    }
   }
 
   HYDRA_DEVICE uint4 chunk(int n, int tile, int u) const {
-    const uint8_t* from = rows_ + (uint32_t(tile * 64 * Format::kUnits) + unit_[u]) + offset_[n];
+    const int t = thread_index() % 4;
+    const int chunk = (tile * 4 + t) * Format::kUnits + unit_chunk<Format>(u, t);
+    const uint8_t* from = rows_ + uint32_t(chunk * 16) + offset_[n];
     return read_input(reinterpret_cast<const uint4*>(from));
   }
 
  private:
   const uint8_t* rows_;
   uint32_t offset_[NT];  // of this lane's rows; `check_linear` keeps K small enough
-  uint32_t unit_[Format::kUnits];
 };
 
 // Rows at any alignment, element by element. K beyond the inputs reads as 0: weights there are 0,
@@ -153,7 +150,8 @@ template <class Format, int NT, int RT>
 class WarpMultiply {
  public:
   using Sum = typename Format::Sum;
-  static constexpr int kAhead = 4 / RT;
+  // Of int4, whose widening takes registers, less.
+  static constexpr int kAhead = !Format::kGroupScales ? 4 / RT : NT == 1 ? 4 - RT : NT == 8 ? 2 / RT : 2;
 
   // Tiles of K from `k_begin` to `k_end`, of which `run` takes those below `k_whole`. Asks for the
   // first: weights are constants, so this may happen before x is there.

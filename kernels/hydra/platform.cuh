@@ -32,6 +32,12 @@ namespace hydra {
 // ---- threads
 
 HYDRA_DEVICE int thread_index() { return threadIdx.x; }
+// The same, read anew: what follows from it need not wait in registers.
+HYDRA_DEVICE int thread_index_again() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 HYDRA_DEVICE int block_threads() { return blockDim.x; }
 HYDRA_DEVICE int block_x() { return blockIdx.x; }
 HYDRA_DEVICE int block_y() { return blockIdx.y; }

@@ -90,7 +90,7 @@ def instructions(cubin: Path) -> dict[str, dict[str, int]]:
     """What a kernel consists of; {} without nvdisasm.
 
     Tensor core, 16-byte load and local-memory instructions of the whole, and ``loop``: all
-    instructions per KB of weights in the loop over K (its iterations take 4 KB).
+    instructions per KB of weights in the loop over K.
     """
     tool = disassembler()
     if tool is None:
@@ -114,8 +114,18 @@ def instructions(cubin: Path) -> dict[str, dict[str, int]]:
         ]
         loops = [loop for loop in loops if loop["HMMA"] + loop["IMMA"] > 0 and loop["LDG.128"] >= 8]
         if loops:
-            found[name]["loop"] = min(loop["length"] for loop in loops) // 4
+            loop = min(loops, key=lambda loop: loop["length"])
+            found[name]["loop"] = loop["length"] // (
+                (loop["HMMA"] + loop["IMMA"]) // multiplications(name)
+            )
     return found
+
+
+def multiplications(name: str) -> int:
+    """MMAs per KB of weights."""
+    _, kind, tiles = name.split()
+    units = 4 if kind.startswith("w4") else 2 if kind.startswith("w8a16") else 1
+    return 2 * units * int(tiles.split("x")[0])
 
 
 def _counts(lines: list[str]) -> dict[str, int]:
@@ -137,6 +147,10 @@ def disassembler() -> str | None:
     return next((str(path) for path in wheels), None)
 
 
+def _on_a_line(found: re.Match[str]) -> str:
+    return "{" + re.sub(r"\s+", " ", found[1]) + "}"
+
+
 def main() -> None:
     table = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     for architecture in map(int, sys.argv[1:] or ARCHITECTURES):
@@ -145,7 +159,8 @@ def main() -> None:
             for name, numbers in sorted(measure(architecture).items())
         }
         table = {key: table[key] for key in sorted(table, key=lambda key: int(key[3:]))}
-        BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+        text = json.dumps(table, indent=1)
+        BUDGETS.write_text(re.sub(r"\{\s+(\"registers[^}]*?)\s+\}", _on_a_line, text) + "\n")
 
 
 if __name__ == "__main__":
