@@ -15,9 +15,10 @@ predicts the time from what nvcc made of the kernel (kernels/budgets.json) and f
                latency  bytes on the way / latency: 4 KB a warp, in blocks that spend a part of
                         their life without any, because they start or end
 
-The floor is ``weight bytes / bandwidth``. `fraction` is floor / (time - launch): how much of the
-bandwidth a launch in a graph reaches while it runs. Below a megabyte or so latency is most of it,
-and `attainable` says what the same bytes could reach at best: floor / (floor + latency + overhead).
+The floor is the time that weights, x and y take at full bandwidth. `fraction` is floor / (time -
+launch): how much of the bandwidth a kernel reaches while it runs. Below a megabyte or so latency is
+most of that time; `attainable` is what the same bytes could reach: floor / (floor + latency +
+overhead).
 
 Wherever a figure of a device is not published it errs to the slow side, and is marked so below.
 """
@@ -59,7 +60,6 @@ class Gpu:
         bandwidth: Bytes/s of DRAM.
         latency: Seconds from DRAM under load (assumed).
         l2_port: Bytes per clock from L2 into one SM (assumed; measured by others on H100).
-        l2: Bytes of L2.
         l1: Bytes of L1 and shared memory per SM.
         shared: Bytes of shared memory per SM.
         multiplies: fp16 multiply-adds per clock and SM by mma.sync; int8 twice as many.
@@ -73,7 +73,6 @@ class Gpu:
     bandwidth: float
     latency: float
     l2_port: float
-    l2: int
     l1: int
     shared: int
     multiplies: int
@@ -82,10 +81,10 @@ class Gpu:
 
 # Clocks, SMs and bandwidth: data sheets of the modules; per-SM limits: CUDA programming guide.
 GPUS = (
-    Gpu("jetson-agx-orin", 87, 16, 1.3e9, 204.8e9, 0.8e-6, 32, 4 << 20, 192 * KB, 164 * KB, 1024),
-    Gpu("jetson-orin-nano", 87, 8, 1.02e9, 102e9, 0.8e-6, 32, 2 << 20, 192 * KB, 164 * KB, 1024),
-    Gpu("jetson-thor", 110, 20, 1.575e9, 273e9, 0.8e-6, 32, 32 << 20, 256 * KB, 228 * KB, 1024),
-    Gpu("h200", 90, 132, 1.755e9, 4300e9, 0.7e-6, 28, 50 << 20, 256 * KB, 228 * KB, 1024),
+    Gpu("jetson-agx-orin", 87, 16, 1.3e9, 204.8e9, 0.8e-6, 32, 192 * KB, 164 * KB, 1024),
+    Gpu("jetson-orin-nano", 87, 8, 1.02e9, 102e9, 0.8e-6, 32, 192 * KB, 164 * KB, 1024),
+    Gpu("jetson-thor", 110, 20, 1.575e9, 273e9, 0.8e-6, 32, 256 * KB, 228 * KB, 1024),
+    Gpu("h200", 90, 132, 1.755e9, 4300e9, 0.7e-6, 28, 256 * KB, 228 * KB, 1024),
 )
 
 
@@ -119,7 +118,7 @@ class Prediction:
     """Of one launch.
 
     Attributes:
-        floor: Seconds that the weights take at full bandwidth.
+        floor: Seconds that weights, x and y take at full bandwidth.
         time: Seconds from launch to launch, `launch` included.
         launch: Seconds of an empty kernel.
         fixed: Seconds of latency and of the last blocks, which no bandwidth shortens.
@@ -161,13 +160,12 @@ def predict(
     grid = columns * shape.heads * batches
     per_warp = -(-k_tiles // config.k_warps)
 
-    # Bytes. Every batch tile reads all weights: from L2, if they stay there.
+    # Bytes. Batch tiles run side by side: DRAM gives their weights once.
     tile_bytes = TILE + (32 * 128 // format.group if format.group else 0)
     weights = shape.heads * row_tiles * k_tiles * tile_bytes
     x = shape.batch * shape.inputs * format.x_bytes * (shape.heads if shape.x_per_head else 1)
     y = shape.heads * shape.batch * shape.outputs * 4
-    repeats = batches if weights > gpu.l2 / 2 else 1
-    dram = (weights * repeats + x + y) / gpu.bandwidth
+    dram = (weights + x + y) / gpu.bandwidth
     block_bytes = weights * batches / grid
 
     # An SM's rate while it has enough to do, in clocks per tile.
@@ -203,7 +201,8 @@ def predict(
     if dram >= sm:
         bound = "DRAM"
     fixed = gpu.latency + overhead
-    floor = shape.heads * shape.inputs * shape.outputs * format.bits / 8 / gpu.bandwidth
+    needed = shape.heads * shape.inputs * shape.outputs * format.bits / 8
+    floor = (needed + x + y) / gpu.bandwidth
     time = gpu.launch + fixed + max(dram, sm)
     waves = grid / (fit * gpu.sm_count)
     return Prediction(floor, time, gpu.launch, fixed, bound, fit, waves)
@@ -277,7 +276,9 @@ def evaluate(library: Library, gpu: Gpu) -> list[dict[str, Any]]:
                     "format": format.name,
                     "batch": batch,
                     "layer": layer,
-                    "weights_mb": round(p.floor * gpu.bandwidth / 1e6, 3),
+                    "weights_mb": round(
+                        linear.heads * linear.inputs * linear.outputs * format.bits / 8e6, 3
+                    ),
                     "config": {
                         key: getattr(config, key)
                         for key in ("batch_tiles", "row_tiles", "row_warps", "k_warps")

@@ -122,9 +122,9 @@ hydra_status check_linear_config(const hydra_linear_shape& s, const hydra_linear
                    "A configuration that needs %d bytes of shared memory. %d are at hand. Take fewer "
                    "warps or batch tiles.", staged_bytes(c), kSharedWithoutOptIn);
   }
-  if (divided_up(s.batch, 8 * c.batch_tiles) > kMaxGridYZ) {
-    return failure(HYDRA_UNSUPPORTED, "A batch of %d. One launch takes %d rows. Split the batch.",
-                   s.batch, 8 * c.batch_tiles * kMaxGridYZ);
+  if (divided_up(s.outputs, 16 * c.row_tiles * c.row_warps) > kMaxGridYZ) {
+    return failure(HYDRA_UNSUPPORTED, "N=%d. This configuration takes %d outputs. Take more warps.",
+                   s.outputs, 16 * c.row_tiles * c.row_warps * kMaxGridYZ);
   }
   return HYDRA_OK;
 }
@@ -157,6 +157,11 @@ hydra_status check_summary(const hydra_summary_shape& s) {
   return HYDRA_OK;
 }
 
+bool summary_is_slow(int heads, int outputs, int rows, int batch) {
+  const int64_t worth_a_launch = 128 * 1024;  // bytes that one SM reads from L2 meanwhile
+  return int64_t(heads) * outputs * std::min(rows, batch) * 4 > worth_a_launch;
+}
+
 hydra_summary_config summary_behind(int heads, int outputs, int rows_at_hand, int threads) {
   const int budget = 16 * 1024;  // of shared memory: leaves occupancy alone
   hydra_summary_config c{};
@@ -175,7 +180,8 @@ using namespace hydra;
 
 // 1. As many rows of the batch in a block as there are, up to 64: weights are then read once.
 // 2. Two row tiles a warp where at least two blocks per SM remain: half the reads of x.
-// 3. Warps along K first, as long as each has two tiles to hide the latency of the next behind; the
+// 3. Warps side by side until a block reads no more x than weights from L2.
+// 4. Then warps along K, as long as each has two tiles to hide the latency of the next behind; the
 //    rest side by side. Fewer side by side while there are fewer blocks than SMs.
 hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_device* device,
                                  hydra_linear_config* config) {
@@ -196,13 +202,19 @@ hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_de
     c.row_tiles = 1;
   }
   const int warps = c.batch_tiles * c.row_tiles == 16 ? kWarps / 2 : kWarps;  // shared memory
-  while (2 * c.k_warps <= warps && k_tiles >= 4 * c.k_warps) c.k_warps *= 2;
-  while (2 * c.row_warps * c.k_warps <= warps && c.row_warps * c.row_tiles < row_tiles) {
-    c.row_warps *= 2;
-  }
+  const auto widen = [&](int least) {
+    while (2 * c.row_warps * c.k_warps <= warps && c.row_warps < least &&
+           c.row_warps * c.row_tiles < row_tiles) {
+      c.row_warps *= 2;
+    }
+  };
+  widen(units_of(variant) * c.batch_tiles / (2 * c.row_tiles));
+  while (2 * c.row_warps * c.k_warps <= warps && k_tiles >= 4 * c.k_warps) c.k_warps *= 2;
+  widen(warps);
   while (c.row_warps > 1 && blocks_of(s, c) < device->sm_count) c.row_warps /= 2;
   while (2 * c.row_warps * c.k_warps <= warps && 2 * c.k_warps <= k_tiles) c.k_warps *= 2;
   c.prefer_library = s.batch > 64;
+  c.prefer_summary_alone = summary_is_slow(s.heads, s.outputs, 8 * c.batch_tiles, s.batch);
   *config = c;
   return HYDRA_OK;
 }

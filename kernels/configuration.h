@@ -30,6 +30,9 @@ constexpr int depth_of(Variant v) {
   return is_int4(v) ? 128 : v == Variant::kHalf || v == Variant::kBfloat ? 32 : 64;
 }
 
+// Chunks of x per lane and tile.
+constexpr int units_of(Variant v) { return is_int4(v) ? 4 : is_weight_only(v) ? 2 : 1; }
+
 // Which batch_tiles of `group_linear` are compiled. Quantizing x anew in every block does not pay
 // for many rows.
 constexpr bool linear_exists(Variant v, int batch_tiles) {
@@ -48,6 +51,9 @@ inline int power_of_2_up(int n) {
 hydra_status check_linear(const hydra_linear_shape& shape, int compute_capability);
 hydra_status check_linear_config(const hydra_linear_shape& shape, const hydra_linear_config& config);
 hydra_status check_summary(const hydra_summary_shape& shape);
+
+// Whether the one block that summarises its rows takes longer for it than another launch would.
+bool summary_is_slow(int heads, int outputs, int rows, int batch);
 
 // Of a summary behind another kernel: `threads` threads take up to `rows_at_hand` rows.
 hydra_summary_config summary_behind(int heads, int outputs, int rows_at_hand, int threads);

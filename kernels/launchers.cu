@@ -165,7 +165,7 @@ hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_lin
                            a.summary);
     p.counters = a.counters;
   }
-  const dim3 grid(divided_up(s.outputs, rows), s.heads, divided_up(s.batch, batch_rows));
+  const dim3 grid(divided_up(s.batch, batch_rows), divided_up(s.outputs, rows), s.heads);
   const Launch how = {grid, threads, hydra_linear_shared_bytes(shape, &c), c.overlap != 0,
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(linear_kernel(variant, c.batch_tiles, c.row_tiles), how, p));
@@ -188,7 +188,7 @@ struct ChainMemory {
 };
 
 ChainMemory chain_memory(const hydra_chain_shape& s, const hydra_chain_config& c, Variant variant) {
-  const int units = is_int4(variant) ? 4 : is_weight_only(variant) ? 2 : 1;
+  const int units = units_of(variant);
   const int batch = 8 * c.batch_tiles, depth = depth_of(variant);
   int activations[2] = {0, 0}, staged = 0, norm = 0;
   for (int l = 0; l < s.layers; ++l) {
@@ -292,6 +292,8 @@ hydra_status hydra_choose_chain(const hydra_chain_shape* shape, const hydra_devi
   const int64_t block_bytes = (hidden + output / c.slices) * bits / 8;
   const int64_t worth_a_launch = 64 * 1024;
   c.prefer_layers = block_bytes > worth_a_launch * (s.layers - 1) || s.batch > 64;
+  c.prefer_summary_alone =
+      summary_is_slow(s.heads, s.widths[s.layers], 8 * c.batch_tiles, s.batch);
   *config = c;
   return HYDRA_OK;
 }
@@ -369,7 +371,7 @@ hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_
         summary_of({s.summary, s.heads, s.batch, outputs, HYDRA_FLOAT32}, behind, a.y, a.summary);
     p.counters = a.counters;
   }
-  const dim3 grid(c.slices, s.heads, divided_up(s.batch, batch_rows));
+  const dim3 grid(divided_up(s.batch, batch_rows), c.slices, s.heads);
   const Launch how = {grid, threads, hydra_chain_shared_bytes(shape, &c), c.overlap != 0,
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(chain_kernel(variant, c.batch_tiles), how, p));

@@ -27,8 +27,8 @@ inline int block_threads() { return emulator::machine.threads(); }
 inline int block_x() { return int(emulator::machine.block().x); }
 inline int block_y() { return int(emulator::machine.block().y); }
 inline int block_z() { return int(emulator::machine.block().z); }
-inline int grid_x() { return int(emulator::machine.grid().x); }
 inline int grid_y() { return int(emulator::machine.grid().y); }
+inline int grid_z() { return int(emulator::machine.grid().z); }
 
 inline void sync_block(emulator::Where where = emulator::Where::here()) {
   emulator::machine.sync_block(where);

@@ -8,9 +8,10 @@
 //
 // Bytes moved: the weights once per batch tile of 8 NT rows, from DRAM past L1; x once per block,
 // from L2 or L1; y once. With 8 NT >= B the weights are everything: the time is their bytes over
-// the bandwidth. Beyond 64 rows further batch tiles read the weights again, from L2 if they fit.
+// the bandwidth. Beyond 64 rows further batch tiles read the weights again, at about the same time,
+// and so from L2.
 //
-// Block (group of row tiles, head, batch tile); its warps stand `row_warps` by `k_warps`. With a
+// Block (batch tile, group of row tiles, head); its warps stand `row_warps` by `k_warps`. With a
 // summary the last block of a batch tile turns the logits, which are still in L2, into it.
 #pragma once
 
@@ -66,9 +67,9 @@ constexpr int kLinearBlocks =
 template <class Format, class Read, int NT, int RT>
 HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLinear p) {
   HYDRA_SHARED(shared);
-  const int head = block_y(), first_b = block_z() * NT * kColumns;
+  const int head = block_z(), first_b = block_x() * NT * kColumns;
   const int warp = thread_index() / 32;
-  const int rows = p.split.row_warps * RT * kRows, first_row = block_x() * rows;
+  const int rows = p.split.row_warps * RT * kRows, first_row = block_y() * rows;
   const int outputs = p.epilogue.outputs;
   const int row_tiles = (outputs + kRows - 1) / kRows;
   const int k_tiles = (p.inputs + Format::kDepth - 1) / Format::kDepth;
@@ -108,8 +109,8 @@ HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLin
   }
 
   if (p.summary.kind == Summary::kNone) return;
-  const int blocks = grid_x() * grid_y();
-  if (!SummaryBlock::last_to_arrive(p.counters + block_z(), blocks, reinterpret_cast<int*>(shared))) {
+  const int blocks = grid_y() * grid_z();
+  if (!SummaryBlock::last_to_arrive(p.counters + block_x(), blocks, reinterpret_cast<int*>(shared))) {
     return;
   }
   SummaryBlock(p.summary, shared).rows(first_b, min(first_b + NT * kColumns, p.batch));

@@ -7,10 +7,10 @@
 // Weights as in group_linear.cuh, every layer in the same format. With int8 the hidden activations
 // are quantized again, each layer with the x_scale of the next.
 //
-// Block (slice of the outputs, head, batch tile of 8 NT rows). Hidden activations stay in shared
+// Block (batch tile of 8 NT rows, slice of the outputs, head). Hidden activations stay in shared
 // memory, in the order of `chunk_position`. Every slice computes the hidden layers anew, so slices
 // pay where the output layer is much larger than the rest; its weights for them come from L2.
-// Bytes moved from DRAM: all weights of a head once per batch tile, x, and y. One launch instead of
+// Bytes moved from DRAM: all weights of a head once, for further batch tiles read them from L2, x, and y. One launch instead of
 // one per layer: worth it while a single SM can stream a head in about the time of a launch.
 #pragma once
 
@@ -79,8 +79,8 @@ class ChainBlock {
         shared_(shared),
         staged_(reinterpret_cast<typename Format::Sum*>(shared + p.staged_offset)),
         normed_(reinterpret_cast<float*>(shared + p.norm_offset)),
-        head_(block_y()),
-        first_b_(block_z() * kBatch),
+        head_(block_z()),
+        first_b_(block_x() * kBatch),
         here_(min(kBatch, p.batch - first_b_)) {}
 
   HYDRA_DEVICE void run() {
@@ -90,8 +90,8 @@ class ChainBlock {
       const int rows = layer.split.row_warps * kRows;
       const int groups = (layer.epilogue.outputs + rows - 1) / rows;
       const bool last = l == p_.layers - 1;
-      const int per_slice = last ? (groups + grid_x() - 1) / grid_x() : groups;
-      const int begin = last ? block_x() * per_slice : 0;
+      const int per_slice = last ? (groups + grid_y() - 1) / grid_y() : groups;
+      const int begin = last ? block_y() * per_slice : 0;
       for (int group = begin; group < min(begin + per_slice, groups); ++group) {
         const bool first = l == 0 && group == begin;
         multiply(layer, in, group * layer.split.row_warps, first);
@@ -279,8 +279,8 @@ HYDRA_KERNEL(256, NT * Format::kUnits < 8 ? 2 : 1) head_chain(HeadChain p) {
   ChainBlock<Format, NT> block(p, shared);
   block.run();
   if (p.summary.kind == Summary::kNone) return;
-  const int blocks = grid_x() * grid_y();
-  if (!SummaryBlock::last_to_arrive(p.counters + block_z(), blocks, reinterpret_cast<int*>(shared))) {
+  const int blocks = grid_y() * grid_z();
+  if (!SummaryBlock::last_to_arrive(p.counters + block_x(), blocks, reinterpret_cast<int*>(shared))) {
     return;
   }
   SummaryBlock(p.summary, shared).rows(block.first_row(), block.end_row());

@@ -42,8 +42,8 @@ HYDRA_DEVICE int block_threads() { return blockDim.x; }
 HYDRA_DEVICE int block_x() { return blockIdx.x; }
 HYDRA_DEVICE int block_y() { return blockIdx.y; }
 HYDRA_DEVICE int block_z() { return blockIdx.z; }
-HYDRA_DEVICE int grid_x() { return gridDim.x; }
 HYDRA_DEVICE int grid_y() { return gridDim.y; }
+HYDRA_DEVICE int grid_z() { return gridDim.z; }
 
 // All threads of the block arrive; what they wrote is seen by all.
 HYDRA_DEVICE void sync_block() { __syncthreads(); }

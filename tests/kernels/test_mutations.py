@@ -65,8 +65,8 @@ FAULTS = {
     ),
     "chunks of x in another order": (
         "multiply.cuh",
-        "(t * Format::kUnits + u) * per_chunk;",
-        "(u * 4 + t) * per_chunk;",
+        "const int chunk = (tile * 4 + t) * Format::kUnits + unit_chunk<Format>(u, t);",
+        "const int chunk = (tile * 4 + t) * Format::kUnits + u;",
     ),
     "registers of A exchanged": (
         "formats.cuh",
@@ -80,13 +80,28 @@ FAULTS = {
     ),
     "rows of the batch that do not exist": (
         "multiply.cuh",
-        "if (b >= batch || k >= inputs) return make_uint4(0, 0, 0, 0);\n    if (aligned) return",
-        "if (k >= inputs) return make_uint4(0, 0, 0, 0);\n    if (aligned) return",
+        "min(n * kColumns + g, batch - 1) * inputs",
+        "(n * kColumns + g) * inputs",
     ),
     "K one element too long": (
         "multiply.cuh",
-        "if (k + i >= inputs) break;\n      const uint32_t bits",
-        "if (k + i > inputs) break;\n      const uint32_t bits",
+        "if (k + first + i < inputs_)",
+        "if (k + first + i <= inputs_)",
+    ),
+    "the end of K is read as if it were whole": (
+        "group_linear.cuh",
+        "aligned ? p.inputs / Format::kDepth : 0",
+        "aligned ? (p.inputs + Format::kDepth - 1) / Format::kDepth : 0",
+    ),
+    "the end of K is dropped": (
+        "multiply.cuh",
+        "for (int k = k_whole_; k < k_end_; ++k) {",
+        "for (int k = k_whole_; k < k_end_ - 1; ++k) {",
+    ),
+    "x is taken for aligned": (
+        "group_linear.cuh",
+        "(reinterpret_cast<uintptr_t>(p.x) | row_bytes) % 16 == 0",
+        "reinterpret_cast<uintptr_t>(p.x) % 16 == 0",
     ),
     "outputs one too many": (
         "group_linear.cuh",
@@ -117,8 +132,8 @@ FAULTS = {
     ),
     "prefetch one tile short": (
         "multiply.cuh",
-        "ask(i, k + i + kAhead);",
-        "ask(i, k + i + kAhead - 1);",
+        "ask(i, k + i + kAhead, k_whole_);",
+        "ask(i, k + i + kAhead - 1, k_whole_);",
     ),
     "variance about 0": (
         "head_chain.cuh",
