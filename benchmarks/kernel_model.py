@@ -5,15 +5,15 @@ Usage: python benchmarks/kernel_model.py [-o results/kernel-model.json]
 For every layer of every benchmarked shape it asks the heuristic how the work is shared out, and
 predicts the time from what nvcc made of the kernel (kernels/budgets.json) and from the device:
 
-    time   = launch + latency + max(DRAM, SM) + overhead of the last blocks
-    DRAM   = bytes that must come / bandwidth
-    SM     = bytes of the busiest SM / its rate, the least of
-               issue    instructions of the loop, 4 a clock, of which 80 % are reached
-               L1       128 bytes a clock; of x half, for two rows of 64 bytes share the banks
-               L2       weights, and x where it does not stay in L1, through the SM's port
-               tensor   multiply-adds
-               latency  bytes on the way / latency: 4 KB a warp, in blocks that spend a part of
-                        their life without any, because they start or end
+    time = launch + the longest of
+      DRAM     latency + bytes that must come / bandwidth + overhead of the last blocks
+      SM       the same with the bytes of the busiest SM, and its rate: the least of
+                 issue   instructions of the loop, 4 a clock, of which 80 % are reached
+                 L1      128 bytes a clock; of x half, for two rows of 64 bytes share the banks
+                 L2      weights, and x where it does not stay in L1, through the SM's port
+                 tensor  multiply-adds
+      latency  blocks of the busiest SM, as many at once as fit, and the life of one: latency for
+               every 4 KB of a warp (fewer of int4), and its start and end
 
 The floor is the time that weights, x and y take at full bandwidth. `fraction` is floor / (time -
 launch): how much of the bandwidth a kernel reaches while it runs. Below a megabyte or so latency is
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -39,7 +40,6 @@ from typing import Any
 from head_shapes import SHAPES, Shape
 
 from hydra_edge import kernels
-from hydra_edge.errors import HydraError
 from hydra_edge.kernels import FLOAT16, FLOAT32, INT4, INT8, Library, LinearConfig, LinearShape
 
 BUDGETS = Path(__file__).parents[1] / "kernels" / "budgets.json"
@@ -191,21 +191,28 @@ def predict(
     rows = 16 * rt * config.row_warps
     stores = -(-rows * min(8 * nt, shape.batch) // threads)
     overhead = (BLOCK_CLOCKS + stores * (20 + 10 * config.k_warps)) / gpu.clock
-    life = gpu.latency * -(-per_warp * rt // 4) + overhead
-    waiting = resident * block_bytes / life
-    if waiting < rate:
-        rate, bound = waiting, "latency"
-
-    busiest = max(grid / gpu.sm_count, min(-(-grid // gpu.sm_count), fit)) * block_bytes
-    sm = busiest / rate
-    if dram >= sm:
-        bound = "DRAM"
+    life = gpu.latency * -(-per_warp * rt // on_the_way(format, nt, rt)) + overhead
+    busiest = max(grid / gpu.sm_count, min(-(-grid // gpu.sm_count), fit))  # blocks of one SM
     fixed = gpu.latency + overhead
+    times = {
+        "DRAM": fixed + dram,
+        bound: fixed + busiest * block_bytes / rate,
+        "latency": busiest / resident * life,
+    }
+    bound = max(times, key=lambda key: times[key])
     needed = shape.heads * shape.inputs * shape.outputs * format.bits / 8
     floor = (needed + x + y) / gpu.bandwidth
-    time = gpu.launch + fixed + max(dram, sm)
     waves = grid / (fit * gpu.sm_count)
-    return Prediction(floor, time, gpu.launch, fixed, bound, fit, waves)
+    return Prediction(floor, gpu.launch + times[bound], gpu.launch, fixed, bound, fit, waves)
+
+
+def on_the_way(format: Format, batch_tiles: int, row_tiles: int) -> int:
+    """KB of weights that a warp has asked for, as `WarpMultiply::kAhead` says it."""
+    if not format.group:
+        return 4
+    if batch_tiles == 1:
+        return (4 - row_tiles) * row_tiles
+    return 2 if batch_tiles == 8 else 2 * row_tiles
 
 
 def linear_shape(shape: Shape, batch: int, layer: int, format: Format) -> LinearShape:
@@ -229,8 +236,14 @@ def device_of(gpu: Gpu) -> kernels.Device:
     return kernels.Device(gpu.compute_capability, gpu.sm_count, gpu.shared - KB)
 
 
+@functools.cache
+def _budgets() -> dict[str, Any]:
+    return dict(json.loads(BUDGETS.read_text()))
+
+
 def budget_of(gpu: Gpu, format: Format, config: LinearConfig) -> Any:
-    table = json.loads(BUDGETS.read_text())[f"sm_{gpu.compute_capability}"]
+    """Registers and instructions of the kernel that this configuration launches."""
+    table = _budgets()[f"sm_{gpu.compute_capability}"]
     return table[f"group_linear {format.name} {config.batch_tiles}x{config.row_tiles}"]
 
 
@@ -263,11 +276,7 @@ def evaluate(library: Library, gpu: Gpu) -> list[dict[str, Any]]:
             continue
         for batch, layer in itertools.product(shape.rows, range(len(shape.hidden) + 1)):
             linear = linear_shape(shape, batch, layer, format)
-            try:
-                config = library.choose_linear(linear, device_of(gpu))
-            except HydraError as error:
-                rows.append({"shape": shape.name, "format": format.name, "refused": str(error)})
-                continue
+            config = library.choose_linear(linear, device_of(gpu))
             shared = library.linear_shared_bytes(linear, config)
             p = predict(gpu, linear, format, config, shared, budget_of(gpu, format, config))
             rows.append(
@@ -296,30 +305,29 @@ def evaluate(library: Library, gpu: Gpu) -> list[dict[str, Any]]:
     return rows
 
 
+def record(library: Library) -> dict[str, Any]:
+    """All predictions."""
+    devices = [dataclasses.asdict(gpu) | {"rows": evaluate(library, gpu)} for gpu in GPUS]
+    return {"what": "predicted, not measured", "devices": devices}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "kernel-model.json"
     parser.add_argument("-o", "--output", type=Path, default=default)
     parser.add_argument("--library", type=Path, help="libhydra_kernels.so")
     arguments = parser.parse_args()
-    library = kernels.load(arguments.library)
-    record = {
-        "what": "predicted, not measured",
-        "devices": [
-            dataclasses.asdict(gpu) | {"rows": evaluate(library, gpu)} for gpu in GPUS
-        ],
-    }
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
-    for device in record["devices"]:
+    predicted = record(kernels.load(arguments.library))
+    arguments.output.write_text(json.dumps(predicted, indent=1) + "\n")
+    for device in predicted["devices"]:
         print(device["name"])
         for row in device["rows"]:
-            if "refused" not in row:
-                print(
-                    f"  {row['shape'][:24]:24} {row['format']:6} B={row['batch']:<4} "
-                    f"layer {row['layer']} {row['weights_mb']:9.3f} MB  {row['floor_us']:8.2f} us "
-                    f"-> {row['time_us']:8.2f} us  {row['fraction']:6.1%} of {row['attainable']:6.1%} "
-                    f"{row['bound']:8} {tuple(row['config'].values())} best x{row['against_best']}"
-                )
+            print(
+                f"  {row['shape'][:24]:24} {row['format']:6} B={row['batch']:<4} "
+                f"layer {row['layer']} {row['weights_mb']:9.3f} MB  {row['floor_us']:8.2f} us "
+                f"-> {row['time_us']:8.2f} us  {row['fraction']:6.1%} of {row['attainable']:6.1%} "
+                f"{row['bound']:8} {tuple(row['config'].values())} best x{row['against_best']}"
+            )
 
 
 if __name__ == "__main__":
