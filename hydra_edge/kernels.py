@@ -238,9 +238,7 @@ class Library:
 
     def linear_shared_bytes(self, shape: LinearShape, config: LinearConfig) -> int:
         """Shared memory of a block of `group_linear`."""
-        return int(
-            self.handle.hydra_linear_shared_bytes(ctypes.byref(shape), ctypes.byref(config))
-        )
+        return int(self.handle.hydra_linear_shared_bytes(ctypes.byref(shape), ctypes.byref(config)))
 
     def chain_shared_bytes(self, shape: ChainShape, config: ChainConfig) -> int:
         """Shared memory of a block of `head_chain`."""

@@ -146,6 +146,7 @@ def test_tests_mirror_modules() -> None:
         "test_docs.py",
         "test_examples.py",
         "test_generated.py",
+        "test_gpu.py",
         "test_mutations.py",
         "test_readme.py",
         "test_static_gates.py",

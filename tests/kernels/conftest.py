@@ -4,9 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from kernels.emulation import Emulator, compile_emulated
+
+if TYPE_CHECKING:
+    from kernels.gpu import Gpu
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +29,22 @@ def emulator(library: Path) -> Iterator[Emulator]:
         emulator.device(87, 16, 163 * 1024)
         emulator.reverse(False)
         yield emulator
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    from kernels import gpu
+
+    reason = gpu.missing()
+    if reason:
+        pytest.skip(reason)
+    path = gpu.library_path()
+    assert path is not None
+    with gpu.Gpu(path) as device:
+        yield device
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest) -> Emulator | Gpu:
+    """What runs the kernels: the emulator, and a GPU where there is one."""
+    return request.getfixturevalue("emulator" if request.param == "emulated" else "gpu")

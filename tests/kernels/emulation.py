@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,3 +89,23 @@ class Emulator:
     @property
     def fault(self) -> str:
         return str(self.handle.hydra_emulator_fault().decode())
+
+
+class Machine(Protocol):
+    """What runs the kernels, and holds the arrays that they may touch."""
+
+    @property
+    def library(self) -> Library: ...
+    @property
+    def arrays(self) -> list[Array]: ...
+    @property
+    def fault(self) -> str: ...
+    def array(
+        self, values: npt.ArrayLike | None, name: str, kind: int = CONSTANT
+    ) -> int | None: ...
+    def output(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, name: str
+    ) -> tuple[int, Array]: ...
+    def reverse(self, on: bool) -> None: ...
+    def __enter__(self) -> Machine: ...
+    def __exit__(self, *error: Any) -> None: ...

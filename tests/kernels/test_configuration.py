@@ -51,7 +51,7 @@ def linear(**changes: int) -> LinearShape:
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_benchmarked_layer_has_a_configuration(emulator: Emulator, name: str) -> None:
-    """With shared memory that needs no opting in, no more warps than a block has, and no idle row."""
+    """One without opting in to shared memory, and without idle rows."""
     device, library = DEVICES[name], emulator.library
     for shape in kernel_model.SHAPES:
         for format in kernel_model.FORMATS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels.emulation import INPUT, OUTPUT, Array, Emulator
+from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 from hydra_edge.errors import CompilationError, HydraError, InputError
 from hydra_edge.kernels import (
@@ -55,24 +55,24 @@ REFERENCES = {
 
 
 def check(
-    emulator: Emulator, kind: int, logits: Array, type_: int = FLOAT32, *configs: SummaryConfig
+    machine: Machine, kind: int, logits: Array, type_: int = FLOAT32, *configs: SummaryConfig
 ) -> None:
     m, b, c = logits.shape
     names, reference = REFERENCES[kind]
     shape = SummaryShape(kind, m, b, c, type_)
-    for config in configs or [emulator.library.choose_summary(shape, emulator.library.device())]:
-        with emulator:
+    for config in configs or [machine.library.choose_summary(shape, machine.library.device())]:
+        with machine:
             outputs = {}
             for name in names:
                 dims = (b, c // 2) if kind == GAUSSIAN else (b, c) if name == "mean_prob" else (b,)
-                outputs[name] = emulator.output(dims, np.float32, name)
-            room = emulator.library.summary_workspace(shape, config)
-            workspace = emulator.array(np.zeros(room, np.uint8), "workspace", OUTPUT) if room else 0
-            address = emulator.array(logits, "logits", INPUT)
+                outputs[name] = machine.output(dims, np.float32, name)
+            room = machine.library.summary_workspace(shape, config)
+            workspace = machine.array(np.zeros(room, np.uint8), "workspace", OUTPUT) if room else 0
+            address = machine.array(logits, "logits", INPUT)
             assert address is not None
             for _ in range(2):  # the counters are ready again without a memset
                 try:
-                    emulator.library.ensemble_summary(
+                    machine.library.ensemble_summary(
                         shape,
                         address,
                         SummaryOutputs(*(address for address, _ in outputs.values())),
@@ -80,7 +80,7 @@ def check(
                         workspace,
                     )
                 except HydraError as error:
-                    raise AssertionError(f"{error}\n{emulator.fault}") from error
+                    raise AssertionError(f"{error}\n{machine.fault}") from error
                 expected = reference(logits.astype(np.float64))
                 for name, (_, found) in outputs.items():
                     np.testing.assert_allclose(
@@ -92,15 +92,15 @@ def check(
 @pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID, GAUSSIAN])
 @pytest.mark.parametrize("shape", [(1, 1, 2), (20, 3, 10), (3, 1, 700), (70, 40, 4)], ids=str)
 def test_against_float64(
-    emulator: Emulator, kind: int, shape: tuple[int, int, int], reverse: bool
+    machine: Machine, kind: int, shape: tuple[int, int, int], reverse: bool
 ) -> None:
-    emulator.reverse(reverse)
+    machine.reverse(reverse)
     logits = np.random.default_rng(shape).standard_normal(shape) * 3
-    check(emulator, kind, logits.astype(np.float32))
+    check(machine, kind, logits.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID])
-def test_every_way_to_share_out_the_work(emulator: Emulator, kind: int) -> None:
+def test_every_way_to_share_out_the_work(machine: Machine, kind: int) -> None:
     logits = np.random.default_rng(1).standard_normal((5, 6, 333)).astype(np.float32) * 4
     configs = [
         SummaryConfig(rows, heads, classes, 1)
@@ -114,35 +114,35 @@ def test_every_way_to_share_out_the_work(emulator: Emulator, kind: int) -> None:
         ]
     ]
     configs += [SummaryConfig(1, 256, 256, slices) for slices in (2, 3, 8)]
-    check(emulator, kind, logits, FLOAT32, *configs)
+    check(machine, kind, logits, FLOAT32, *configs)
 
 
-def test_a_row_of_many_logits_is_sliced(emulator: Emulator) -> None:
+def test_a_row_of_many_logits_is_sliced(machine: Machine) -> None:
     logits = np.random.default_rng(2).standard_normal((40, 1, 1000)).astype(np.float32)
     shape = SummaryShape(SOFTMAX, *logits.shape, FLOAT32)
-    assert emulator.library.choose_summary(shape, emulator.library.device()).slices > 1
-    check(emulator, SOFTMAX, logits)
+    assert machine.library.choose_summary(shape, machine.library.device()).slices > 1
+    check(machine, SOFTMAX, logits)
 
 
 @pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID, GAUSSIAN])
 @pytest.mark.parametrize("type_", [FLOAT16, BFLOAT16])
-def test_logits_of_16_bits(emulator: Emulator, kind: int, type_: int) -> None:
+def test_logits_of_16_bits(machine: Machine, kind: int, type_: int) -> None:
     logits = np.random.default_rng(3).standard_normal((4, 5, 12)).astype(DTYPES[type_])
-    check(emulator, kind, logits, type_)
+    check(machine, kind, logits, type_)
 
 
-def test_extreme_logits(emulator: Emulator) -> None:
+def test_extreme_logits(machine: Machine) -> None:
     logits = np.zeros((3, 5, 6), np.float32)
     logits[:, 0, 2] = 1e4  # certain
     logits[0, 1, 0] = logits[1, 1, 1] = logits[2, 1, 2] = 300  # certain, each of something else
     logits[:, 2] = -1e30  # all alike, far below
     logits[:, 3, :5] = -np.inf  # ruled out
-    check(emulator, SOFTMAX, logits)
-    check(emulator, SIGMOID, np.clip(logits[:, :2], -80, 80))
+    check(machine, SOFTMAX, logits)
+    check(machine, SIGMOID, np.clip(logits[:, :2], -80, 80))
 
 
-def test_refusals(emulator: Emulator) -> None:
-    library = emulator.library
+def test_refusals(machine: Machine) -> None:
+    library = machine.library
     device = library.device()
     with pytest.raises(InputError, match="Gaussian parameters of width 5"):
         library.choose_summary(SummaryShape(GAUSSIAN, 2, 2, 5, FLOAT32), device)

@@ -8,7 +8,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels.emulation import INPUT, OUTPUT, Array, Emulator
+from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 from hydra_edge.errors import HydraError
 from hydra_edge.kernels import (
@@ -117,27 +117,27 @@ class Case:
             int(self.x_per_head), quantize, self.group, self.activation, 0,
         )  # fmt: skip
 
-    def run(self, emulator: Emulator, config: LinearConfig | None = None) -> Array:
+    def run(self, machine: Machine, config: LinearConfig | None = None) -> Array:
         shape = self.shape
-        address, y = emulator.output(
+        address, y = machine.output(
             (shape.heads, shape.batch, shape.outputs), DTYPES[self.y_type], "y"
         )
         arguments = LinearArguments(
-            x=emulator.array(self.x, "x", INPUT),
-            weight=emulator.array(packing.pack(self.weight), "weight"),
-            weight_scale=emulator.array(self.weight_scale, "weight_scale"),
-            group_scale=emulator.array(self.group_scale, "group_scale"),
-            bias=emulator.array(self.bias, "bias"),
-            x_scale=emulator.array(self.x_scale, "x_scale"),
+            x=machine.array(self.x, "x", INPUT),
+            weight=machine.array(packing.pack(self.weight), "weight"),
+            weight_scale=machine.array(self.weight_scale, "weight_scale"),
+            group_scale=machine.array(self.group_scale, "group_scale"),
+            bias=machine.array(self.bias, "bias"),
+            x_scale=machine.array(self.x_scale, "x_scale"),
             x_scale_per_head=int(self.x_scale is not None and len(self.x_scale) > 1),
             y=address,
-            y_scale=emulator.array(self.y_scale, "y_scale"),
+            y_scale=machine.array(self.y_scale, "y_scale"),
             y_scale_per_head=int(self.y_scale is not None and len(self.y_scale) > 1),
         )
         try:
-            emulator.library.group_linear(shape, arguments, config)
+            machine.library.group_linear(shape, arguments, config)
         except HydraError as error:
-            raise AssertionError(f"{error}\n{emulator.fault}") from error
+            raise AssertionError(f"{error}\n{machine.fault}") from error
         return y
 
     def check(self, y: Array) -> None:
@@ -147,8 +147,9 @@ class Case:
             assert np.abs(y.astype(np.float64) - expected).max() <= 1
             assert (y != expected).mean() < 0.01
             return
-        # Relative to the largest: fp32 sums; bf16 weights times a factor are rounded to 8 bits.
-        tolerance = 2e-5
+        # Relative to the largest: fp32 sums, which tensor cores truncate; bf16 weights times a factor
+        # are rounded to 8 bits.
+        tolerance = 2e-5 + 5e-8 * self.shape.inputs
         if self.shape.weight_type == INT4:
             tolerance = 4e-3 if self.shape.x_type == BFLOAT16 else 5e-4
         if self.y_type == FLOAT16:
@@ -174,29 +175,29 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_float64(
-    emulator: Emulator, variant: str, shape: tuple[int, int, int, int], reverse: bool
+    machine: Machine, variant: str, shape: tuple[int, int, int, int], reverse: bool
 ) -> None:
-    emulator.reverse(reverse)
+    machine.reverse(reverse)
     case = Case(variant, *shape)
-    case.check(case.run(emulator))
+    case.check(case.run(machine))
 
 
 @pytest.mark.parametrize("y_type", [FLOAT32, FLOAT16, BFLOAT16, INT8])
 @pytest.mark.parametrize("activation", range(5))
 @pytest.mark.parametrize("variant", ["fp16", "w8a8"])
-def test_epilogues(emulator: Emulator, variant: str, activation: int, y_type: int) -> None:
+def test_epilogues(machine: Machine, variant: str, activation: int, y_type: int) -> None:
     case = Case(
         variant, 2, 9, 72, 21, activation=activation, y_type=y_type, x_per_head=True,
         per_head_scale=True,
     )  # fmt: skip
-    case.check(case.run(emulator))
+    case.check(case.run(machine))
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("k", [31, 128, 300])
-def test_groups(emulator: Emulator, group: int, k: int) -> None:
+def test_groups(machine: Machine, group: int, k: int) -> None:
     case = Case("w4a16", 2, 3, k, 18, group=group)
-    case.check(case.run(emulator))
+    case.check(case.run(machine))
 
 
 CONFIGS = [
@@ -208,17 +209,17 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_configuration_gives_the_same(emulator: Emulator, variant: str) -> None:
+def test_every_configuration_gives_the_same(machine: Machine, variant: str) -> None:
     ran = 0
     for config in CONFIGS:
-        with emulator:
+        with machine:
             case = Case(variant, 2, 11, 330, 50, bias=False)
             try:
-                emulator.library.group_linear(case.shape, LinearArguments(), config)
+                machine.library.group_linear(case.shape, LinearArguments(), config)
             except HydraError as error:
                 if "No such kernel" in str(error) or "shared memory" in str(error):
                     continue
-            case.check(case.run(emulator, config))
+            case.check(case.run(machine, config))
             ran += 1
     assert ran >= 10
 
@@ -228,32 +229,32 @@ def test_every_configuration_gives_the_same(emulator: Emulator, variant: str) ->
     "shape", [(1, 1, 20, 1), (5, 3, 64, 10), (20, 9, 50, 100), (300, 7, 200, 4)], ids=str
 )
 def test_with_its_summary(
-    emulator: Emulator, shape: tuple[int, int, int, int], reverse: bool
+    machine: Machine, shape: tuple[int, int, int, int], reverse: bool
 ) -> None:
-    emulator.reverse(reverse)
+    machine.reverse(reverse)
     m, b, _, c = shape
     case = Case("fp16", *shape)
     case.shape.summary = 1
-    address, y = emulator.output((m, b, c), np.float32, "y")
+    address, y = machine.output((m, b, c), np.float32, "y")
     outputs = {
-        name: emulator.output((b, c) if name == "mean_prob" else (b,), np.float32, name)
+        name: machine.output((b, c) if name == "mean_prob" else (b,), np.float32, name)
         for name in CLASSIFICATION_OUTPUTS
     }
-    counters = emulator.array(np.zeros(-(-b // 8), np.uint32), "counters", OUTPUT)
-    counts = emulator.arrays[-1]
+    counters = machine.array(np.zeros(-(-b // 8), np.uint32), "counters", OUTPUT)
+    counts = machine.arrays[-1]
     arguments = LinearArguments(
-        x=emulator.array(case.x, "x", INPUT),
-        weight=emulator.array(packing.pack(case.weight), "weight"),
-        bias=emulator.array(case.bias, "bias"),
+        x=machine.array(case.x, "x", INPUT),
+        weight=machine.array(packing.pack(case.weight), "weight"),
+        bias=machine.array(case.bias, "bias"),
         y=address,
         summary=SummaryOutputs(*(outputs[name][0] for name in CLASSIFICATION_OUTPUTS)),
         counters=counters,
     )
     for _ in range(2):  # the counters are ready again without a memset
         try:
-            emulator.library.group_linear(case.shape, arguments)
+            machine.library.group_linear(case.shape, arguments)
         except HydraError as error:
-            raise AssertionError(f"{error}\n{emulator.fault}") from error
+            raise AssertionError(f"{error}\n{machine.fault}") from error
         case.check(y)
         for name, expected in reference_classification(y).items():
             np.testing.assert_allclose(outputs[name][1], expected, rtol=2e-5, atol=2e-6)

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from kernels.emulation import INPUT, OUTPUT, Array, Emulator
+from kernels.emulation import INPUT, OUTPUT, Array, Machine
 from kernels.test_group_linear import ACTIVATIONS, DTYPES, VARIANTS
 
 from hydra_edge.errors import CompilationError, HydraError
@@ -107,18 +107,18 @@ class Chain:
             summary,
         )
 
-    def arguments(self, emulator: Emulator, y: int) -> ChainArguments:
+    def arguments(self, machine: Machine, y: int) -> ChainArguments:
         layers = []
         for number, layer in enumerate(self.layers):
             arrays = {"weight": packing.pack(layer["weight"])}
             arrays |= {name: values for name, values in layer.items() if name != "weight"}
             pointers = {
-                name: emulator.array(values, f"layer {number} {name}")
+                name: machine.array(values, f"layer {number} {name}")
                 for name, values in arrays.items()
             }
             layers.append(ChainLayer(**pointers, x_scale_per_head=int(self.integer), epsilon=1e-5))
         return ChainArguments(
-            x=emulator.array(self.x, "x", INPUT), layers=(ChainLayer * MAX_LAYERS)(*layers), y=y
+            x=machine.array(self.x, "x", INPUT), layers=(ChainLayer * MAX_LAYERS)(*layers), y=y
         )
 
     def check(self, y: Array) -> None:
@@ -132,12 +132,12 @@ class Chain:
 
 
 def launch(
-    emulator: Emulator, shape: ChainShape, arguments: ChainArguments, config: ChainConfig | None
+    machine: Machine, shape: ChainShape, arguments: ChainArguments, config: ChainConfig | None
 ) -> None:
     try:
-        emulator.library.head_chain(shape, arguments, config)
+        machine.library.head_chain(shape, arguments, config)
     except HydraError as error:
-        raise AssertionError(f"{error}\n{emulator.fault}") from error
+        raise AssertionError(f"{error}\n{machine.fault}") from error
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -145,43 +145,43 @@ def launch(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("widths", [(50, 50, 2), (33, 140, 65, 10), (64, 7, 20, 31, 5)], ids=str)
 def test_against_float64(
-    emulator: Emulator, variant: str, widths: tuple[int, ...], norm: bool, reverse: bool
+    machine: Machine, variant: str, widths: tuple[int, ...], norm: bool, reverse: bool
 ) -> None:
-    emulator.reverse(reverse)
+    machine.reverse(reverse)
     chain = Chain(variant, 2, 5, widths, norm)
-    address, y = emulator.output((2, 5, widths[-1]), np.float32, "y")
-    launch(emulator, chain.shape(), chain.arguments(emulator, address), None)
+    address, y = machine.output((2, 5, widths[-1]), np.float32, "y")
+    launch(machine, chain.shape(), chain.arguments(machine, address), None)
     chain.check(y)
 
 
 @pytest.mark.parametrize("config", [(1, 4, 1), (1, 8, 3), (2, 8, 5), (4, 8, 2)], ids=str)
-def test_every_configuration(emulator: Emulator, config: tuple[int, int, int]) -> None:
+def test_every_configuration(machine: Machine, config: tuple[int, int, int]) -> None:
     chain = Chain("fp16", 2, 37, (40, 24, 100))
-    address, y = emulator.output((2, 37, 100), np.float32, "y")
-    launch(emulator, chain.shape(), chain.arguments(emulator, address), ChainConfig(*config))
+    address, y = machine.output((2, 37, 100), np.float32, "y")
+    launch(machine, chain.shape(), chain.arguments(machine, address), ChainConfig(*config))
     chain.check(y)
 
 
-def test_with_its_summary(emulator: Emulator) -> None:
+def test_with_its_summary(machine: Machine) -> None:
     chain = Chain("fp16", 6, 19, (40, 24, 10))
-    address, y = emulator.output((6, 19, 10), np.float32, "y")
-    arguments = chain.arguments(emulator, address)
+    address, y = machine.output((6, 19, 10), np.float32, "y")
+    arguments = chain.arguments(machine, address)
     outputs = {
-        name: emulator.output((19, 10) if name == "mean_prob" else (19,), np.float32, name)
+        name: machine.output((19, 10) if name == "mean_prob" else (19,), np.float32, name)
         for name in CLASSIFICATION_OUTPUTS
     }
     arguments.summary = SummaryOutputs(*(address for address, _ in outputs.values()))
-    arguments.counters = emulator.array(np.zeros(3, np.uint32), "counters", OUTPUT)
-    counters = emulator.arrays[-1]
+    arguments.counters = machine.array(np.zeros(3, np.uint32), "counters", OUTPUT)
+    counters = machine.arrays[-1]
     for _ in range(2):
-        launch(emulator, chain.shape(summary=1), arguments, None)
+        launch(machine, chain.shape(summary=1), arguments, None)
         chain.check(y)
         for name, expected in reference_classification(y).items():
             np.testing.assert_allclose(outputs[name][1], expected, rtol=2e-5, atol=2e-6)
         assert not counters.any()
 
 
-def test_a_chain_too_wide_for_shared_memory_says_so(emulator: Emulator) -> None:
+def test_a_chain_too_wide_for_shared_memory_says_so(machine: Machine) -> None:
     chain = Chain("fp16", 1, 1, (6000, 6000, 2))
     with pytest.raises(CompilationError, match="Launch one hydra_group_linear per layer"):
-        emulator.library.choose_chain(chain.shape(), emulator.library.device())
+        machine.library.choose_chain(chain.shape(), machine.library.device())
