@@ -31,6 +31,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Format:
 
     @property
     def x_bytes(self) -> int:
+        """Of one value of x."""
         return 1 if self.x_type == INT8 else 2
 
 
@@ -137,10 +139,12 @@ class Prediction:
 
     @property
     def fraction(self) -> float:
+        """Of the bandwidth, while the kernel runs."""
         return self.floor / (self.time - self.launch)
 
     @property
     def attainable(self) -> float:
+        """What `fraction` would be if nothing but DRAM took time."""
         return self.floor / (self.floor + self.fixed)
 
 
@@ -311,14 +315,24 @@ def record(library: Library) -> dict[str, Any]:
     return {"what": "predicted, not measured", "devices": devices}
 
 
+def _a_row_a_line(predicted: dict[str, Any]) -> str:
+    text = json.dumps(predicted, indent=1)
+    return re.sub(r"\{\s+\"shape\"[^}]*\}[^}]*\}", _on_a_line, text) + "\n"
+
+
+def _on_a_line(found: re.Match[str]) -> str:
+    return re.sub(r"\s+", " ", found[0])
+
+
 def main() -> None:
+    """Predict, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "kernel-model.json"
     parser.add_argument("-o", "--output", type=Path, default=default)
     parser.add_argument("--library", type=Path, help="libhydra_kernels.so")
     arguments = parser.parse_args()
     predicted = record(kernels.load(arguments.library))
-    arguments.output.write_text(json.dumps(predicted, indent=1) + "\n")
+    arguments.output.write_text(_a_row_a_line(predicted))
     for device in predicted["devices"]:
         print(device["name"])
         for row in device["rows"]:

@@ -15,9 +15,9 @@ An MMA sums over K in any order as long as both operands agree, so lane t takes 
 bytes of a row, and reads the 16 bytes of x at the same K with one load. Nothing is shuffled, and no
 shared memory is needed between global memory and the tensor cores.
 
-The eight int4 of a word stand in the order 0 2 4 6 1 3 5 7, lowest bits first. Lane t takes its four
-words of int4, eight values of K each, in the order t, t ^ 1, t ^ 2, t ^ 3: the 16 bytes of x that the
-lanes of a row read at once then lie in different banks.
+The eight int4 of a word stand in the order 0 2 4 6 1 3 5 7, lowest bits first. Lane t takes its
+four words of int4, eight values of K each, in the order t, t ^ 1, t ^ 2, t ^ 3: the 16 bytes of x
+that the lanes of a row read at once then lie in different banks.
 
 In bytes: ``[M, ceil(N/16), ceil(K·bits/512), 2 steps, 8 g, 4 t, 4 registers, 4]``. What is missing
 to full tiles is 0.

@@ -147,8 +147,8 @@ class Case:
             assert np.abs(y.astype(np.float64) - expected).max() <= 1
             assert (y != expected).mean() < 0.01
             return
-        # Relative to the largest: fp32 sums, which tensor cores truncate; bf16 weights times a factor
-        # are rounded to 8 bits.
+        # Relative to the largest: fp32 sums, which tensor cores truncate; bf16 weights times a
+        # factor are rounded to 8 bits.
         tolerance = 2e-5 + 5e-8 * self.shape.inputs
         if self.shape.weight_type == INT4:
             tolerance = 4e-3 if self.shape.x_type == BFLOAT16 else 5e-4
