@@ -33,6 +33,7 @@ from hydra_edge.errors import InputError
 
 Array = npt.NDArray[np.generic]
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint32]
 
 LAYOUT = "hydra-mma16-2"  # changes whenever a byte moves
 ROWS = 16
@@ -108,7 +109,7 @@ def unpack(packed: Bytes, inputs: int, outputs: int, dtype: npt.DTypeLike) -> Ar
     heads, tiles, blocks, _ = packed.shape
     depth = rows_per_tile(dtype)
     words = packed.view(np.uint32).reshape(heads, tiles, blocks, 2, 8, 4, 2, 2)
-    words = np.ascontiguousarray(words.transpose(0, 1, 7, 4, 2, 5, 3, 6))
+    words = np.ascontiguousarray(words.transpose(0, 1, 7, 4, 2, 5, 3, 6), np.uint32)
     if np.dtype(dtype) == ml_dtypes.int4:
         words = _exchange(words)
     rows = words.view(np.uint8)
@@ -117,7 +118,7 @@ def unpack(packed: Bytes, inputs: int, outputs: int, dtype: npt.DTypeLike) -> Ar
     return np.ascontiguousarray(values[:, :outputs, :inputs].swapaxes(1, 2))
 
 
-def _exchange(words: Array) -> Array:
+def _exchange(words: Words) -> Words:
     """The words of each lane, ``[..., t, 2, 2]``, in the order of `_LANE_WORDS`, or back."""
     lanes = words.reshape(*words.shape[:-2], 4)
     order = np.broadcast_to(_LANE_WORDS, lanes.shape)
