@@ -142,6 +142,7 @@ def test_tests_mirror_modules() -> None:
     """A test file without a module is named after something that is no longer there."""
     others = {
         "test_contracts.py",
+        "test_benchmark.py",
         "test_corpus.py",
         "test_docs.py",
         "test_examples.py",

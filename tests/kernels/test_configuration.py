@@ -27,7 +27,7 @@ from hydra_edge.kernels import (
 )
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))
 import kernel_model  # noqa: E402
 
 ORIN = Device(87, 16, 163 * 1024)
