@@ -15,6 +15,7 @@ from head_shapes import Shape
 from kernel_model import Format, linear_shape
 
 from hydra_edge import torch_kernels
+from hydra_edge.errors import CompilationError
 from hydra_edge.kernels import (
     FLOAT16,
     FLOAT32,
@@ -103,6 +104,35 @@ def summary(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     expected = torch.special.entr(p).sum(-1).mean(0)
     votes = (p.argmax(-1) == mean.argmax(-1)).float().mean(0)
     return mean, predictive, expected, (predictive - expected).clamp(min=0), 1 - votes
+
+
+def chain_shape(shape: Shape, batch: int, format: Format) -> ChainShape:
+    """Whole heads as `head_chain` sees them."""
+    sizes = (shape.features, *shape.hidden, shape.outputs)
+    chain = ChainShape(
+        heads=shape.heads,
+        batch=batch,
+        layers=len(sizes) - 1,
+        x_type=format.x_type,
+        weight_type=format.weight_type,
+        group=format.group,
+    )
+    chain.widths[: len(sizes)] = sizes
+    for i in range(len(shape.hidden)):
+        chain.activations[i] = GELU if shape.norm else RELU
+        chain.norms[i] = int(shape.norm)
+    return chain
+
+
+def paths(library: Library, shape: Shape, batch: int, format: Format) -> list[str]:
+    """The ways to run these heads, "layers" and "chain"; what the heuristics prefer comes first."""
+    if not shape.hidden:
+        return ["layers"]
+    try:
+        config = library.choose_chain(chain_shape(shape, batch, format), library.device())
+    except CompilationError:  # activations do not fit into shared memory
+        return ["layers"]
+    return ["layers", "chain"] if config.prefer_layers else ["chain", "layers"]
 
 
 class Ours:
@@ -207,21 +237,9 @@ class Ours:
 
     def _prepare_chain(self) -> None:
         shape, device = self.heads.shape, self.x.device
-        sizes = (shape.features, *shape.hidden, shape.outputs)
-        self.chain = ChainShape(
-            heads=shape.heads,
-            batch=self.batch,
-            layers=len(self.packed),
-            x_type=self.format.x_type,
-            weight_type=self.format.weight_type,
-            group=self.format.group,
-        )
-        self.chain.widths[: len(sizes)] = sizes
+        self.chain = chain_shape(shape, self.batch, self.format)
         layers = []
         for i, packed in enumerate(self.packed):
-            hidden = i < len(self.packed) - 1
-            self.chain.activations[i] = (GELU if shape.norm else RELU) if hidden else 0
-            self.chain.norms[i] = int(shape.norm and hidden)
             ones = torch.ones((shape.heads, packed.outputs), device=device)
             zeros = torch.zeros_like(ones)
             layers.append(
