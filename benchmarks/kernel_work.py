@@ -307,9 +307,10 @@ class Torch:
             [w.clone() for w in (first if split else wide, *rest)] for _ in range(copies)
         ]
         self.biases = [bias.half() for bias in heads.biases]
-        self.function = (
-            torch.compile(self._concatenated) if how == "compiled" else self._concatenated
-        )
+        self.function = self._concatenated
+        if how == "compiled":  # with Triton's GEMMs, where they are faster than cuBLAS's
+            mode = "max-autotune-no-cudagraphs"
+            self.function = torch.compile(self._concatenated, mode=mode)
 
     def run(self, copy: int) -> tuple[torch.Tensor, ...]:
         """See `Work`."""
