@@ -17,12 +17,12 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from hydra_edge import targets
+from hydra_edge import kernels, targets
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.graph import FusionGroup, Graph
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.costs import cost
-from hydra_edge.errors import GraphError
+from hydra_edge.errors import GraphError, HydraError
 from hydra_edge.fusion import explain
 
 if TYPE_CHECKING:
@@ -221,10 +221,25 @@ def describe_environment() -> tuple[Rows, bool]:
         if shutil.which("nvidia-smi")
         else "no NVIDIA driver found"
     )
+    rows["cuda kernels"] = _kernels()
     rows["to install"] = [f"{command}  (for {', '.join(n)})" for command, n in missing.items()] or (
         "nothing: all of it is here"
     )
     return rows, healthy
+
+
+def _kernels() -> str:
+    """Whether libhydra_kernels is there and finds its GPU."""
+    try:
+        library = kernels.load()
+    except HydraError as error:
+        return f"not there: {error.why} {error.fix}"
+    try:
+        device = library.device()
+    except HydraError as error:
+        return f"built, weights as {library.weight_layout}; {error.what}"
+    sm = f"sm_{device.compute_capability}"
+    return f"on this GPU: {sm}, {device.sm_count} SMs, weights as {library.weight_layout}"
 
 
 def _import_problem(module: str) -> str:

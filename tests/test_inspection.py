@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hydra_edge import inspection
+from hydra_edge import inspection, kernels
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.prediction import Prediction
+from hydra_edge.errors import CompilationError, MissingDependencyError
 
 
 def text(table: object) -> str:
@@ -81,3 +82,33 @@ def test_doctor_names_the_command_for_what_is_missing(monkeypatch: pytest.Monkey
     assert rows["to install"] == ["pip install 'hydra-edge[train]'  (for no-such)"]
     monkeypatch.setattr(inspection, "_LIBRARIES", (("no_such_library", "no-such", None, "all"),))
     assert not inspection.describe_environment()[1]
+
+
+def test_doctor_tells_about_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Built and on a GPU, built without one, or why they are not there."""
+
+    class Library:
+        weight_layout = "hydra-mma16-2"
+
+        def device(self) -> kernels.Device:
+            return kernels.Device(87, 16, 163 * 1024)
+
+    monkeypatch.setattr(kernels, "load", Library)
+    found = inspection.describe_environment()[0]["cuda kernels"]
+    assert found == "on this GPU: sm_87, 16 SMs, weights as hydra-mma16-2"
+
+    def no_device(_: Library) -> kernels.Device:
+        raise CompilationError("No CUDA device answers.", "Why.", "Fix.")
+
+    monkeypatch.setattr(Library, "device", no_device)
+    found = inspection.describe_environment()[0]["cuda kernels"]
+    assert found == "built, weights as hydra-mma16-2; No CUDA device answers."
+
+    def missing() -> Library:
+        raise MissingDependencyError("It is not there.", "No nvcc.", "Install it again.")
+
+    monkeypatch.setattr(kernels, "load", missing)
+    found = inspection.describe_environment()[0]["cuda kernels"]
+    assert found == "not there: No nvcc. Install it again."

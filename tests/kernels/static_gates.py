@@ -1,5 +1,8 @@
 """What the compiler made of the kernels: registers, spills, and the instructions that matter.
 
+kernels/budgets.json also says how much shared memory a block of `group_linear` may take, which
+test_configuration.py checks: at 96 KB two blocks share an SM of every architecture but Turing.
+
 python tests/kernels/static_gates.py 75 87 ...     measures, and rewrites kernels/budgets.json
 """
 
@@ -81,12 +84,12 @@ def measure(architecture: int) -> dict[str, dict[str, int]]:
                     key: int(match[1]) if (match := re.search(pattern, block)) else 0
                     for key, pattern in numbers.items()
                 }
-            for name, counts in instructions(cubin).items():
+            for name, counts in instructions(cubin, architecture).items():
                 found[name] |= counts
     return found
 
 
-def instructions(cubin: Path) -> dict[str, dict[str, int]]:
+def instructions(cubin: Path, architecture: int) -> dict[str, dict[str, int]]:
     """What a kernel consists of; {} without nvdisasm.
 
     Tensor core, 16-byte load and local-memory instructions of the whole, and ``loop``: all
@@ -115,9 +118,11 @@ def instructions(cubin: Path) -> dict[str, dict[str, int]]:
         loops = [loop for loop in loops if loop["HMMA"] + loop["IMMA"] > 0 and loop["LDG.128"] >= 8]
         if loops:
             loop = min(loops, key=lambda loop: loop["length"])
-            found[name]["loop"] = loop["length"] // (
-                (loop["HMMA"] + loop["IMMA"]) // multiplications(name)
-            )
+            # Turing makes two of a multiplication of halves, and four of one of int8.
+            count = loop["HMMA"] + loop["IMMA"]
+            if architecture < 80:
+                count = loop["HMMA"] // 2 + loop["IMMA"] // 4
+            found[name]["loop"] = loop["length"] // (count // multiplications(name))
     return found
 
 
@@ -158,7 +163,7 @@ def main() -> None:
             name: {key: numbers[key] for key in ("registers", "loop") if key in numbers}
             for name, numbers in sorted(measure(architecture).items())
         }
-        table = {key: table[key] for key in sorted(table, key=lambda key: int(key[3:]))}
+        table = dict(sorted(table.items(), key=lambda item: (len(item[0]), item[0])))
         text = json.dumps(table, indent=1)
         BUDGETS.write_text(re.sub(r"\{\s+(\"registers[^}]*?)\s+\}", _on_a_line, text) + "\n")
 

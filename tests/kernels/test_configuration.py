@@ -67,6 +67,17 @@ def test_every_benchmarked_layer_has_a_configuration(emulator: Emulator, name: s
                     assert config.prefer_library == (batch > 64)
 
 
+def test_shared_memory_stays_within_the_budget(emulator: Emulator) -> None:
+    """The most that any configuration takes, of each (batch_tiles, row_tiles)."""
+    found: dict[str, int] = {}
+    for config in kernel_model.configurations():
+        bytes_ = emulator.library.linear_shared_bytes(linear(), config)
+        if bytes_ <= 48 * 1024:
+            name = f"{config.batch_tiles}x{config.row_tiles}"
+            found[name] = max(found.get(name, 0), bytes_)
+    assert found == json.loads(kernel_model.BUDGETS.read_text())["shared_bytes"]
+
+
 @pytest.mark.parametrize("name", ["jetson-agx-orin", "jetson-thor"])
 def test_bandwidth_that_the_model_predicts(emulator: Emulator, name: str) -> None:
     """At least 70 % of the bandwidth while the kernel runs, or 80 % of what latency leaves.
