@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hydra_edge.errors import CompilationError, InputError, MissingDependencyError
 
@@ -27,13 +27,19 @@ _NAMES = ("libhydra_kernels.so",)
 _int, _pointer, _float = ctypes.c_int32, ctypes.c_void_p, ctypes.c_float
 
 
-class Device(ctypes.Structure):
+class _Structure(ctypes.Structure):
+    def __repr__(self) -> str:
+        names = (field[0] for field in self._fields_)
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+
+
+class Device(_Structure):
     """What the choice of a configuration depends on."""
 
     _fields_ = (("compute_capability", _int), ("sm_count", _int), ("shared_bytes", _int))
 
 
-class LinearShape(ctypes.Structure):
+class LinearShape(_Structure):
     """One linear layer of M heads; see ``hydra_linear_shape``."""
 
     _fields_ = tuple(
@@ -45,7 +51,7 @@ class LinearShape(ctypes.Structure):
     )
 
 
-class LinearConfig(ctypes.Structure):
+class LinearConfig(_Structure):
     """How the work of `LinearShape` is shared out."""
 
     _fields_ = tuple(
@@ -57,7 +63,7 @@ class LinearConfig(ctypes.Structure):
     )
 
 
-class SummaryOutputs(ctypes.Structure):
+class SummaryOutputs(_Structure):
     """Where a summary goes: five arrays, of Gaussian ones three."""
 
     _fields_ = tuple(
@@ -69,7 +75,7 @@ class SummaryOutputs(ctypes.Structure):
     )
 
 
-class LinearArguments(ctypes.Structure):
+class LinearArguments(_Structure):
     """The arrays of `LinearShape`, as device addresses."""
 
     _fields_ = (
@@ -88,7 +94,7 @@ class LinearArguments(ctypes.Structure):
     )
 
 
-class ChainShape(ctypes.Structure):
+class ChainShape(_Structure):
     """A whole MLP head; see ``hydra_chain_shape``."""
 
     _fields_ = (
@@ -107,7 +113,7 @@ class ChainShape(ctypes.Structure):
     )
 
 
-class ChainConfig(ctypes.Structure):
+class ChainConfig(_Structure):
     """How the work of `ChainShape` is shared out."""
 
     _fields_ = tuple(
@@ -119,7 +125,7 @@ class ChainConfig(ctypes.Structure):
     )
 
 
-class ChainLayer(ctypes.Structure):
+class ChainLayer(_Structure):
     """The arrays of one layer of a chain."""
 
     _fields_ = (
@@ -135,7 +141,7 @@ class ChainLayer(ctypes.Structure):
     )
 
 
-class ChainArguments(ctypes.Structure):
+class ChainArguments(_Structure):
     """The arrays of `ChainShape`."""
 
     _fields_ = (
@@ -147,24 +153,19 @@ class ChainArguments(ctypes.Structure):
     )
 
 
-class SummaryShape(ctypes.Structure):
+class SummaryShape(_Structure):
     """Logits ``[M, B, C]`` and what to make of them."""
 
     _fields_ = tuple((name, _int) for name in ("kind", "heads", "batch", "outputs", "logits_type"))
 
 
-class SummaryConfig(ctypes.Structure):
+class SummaryConfig(_Structure):
     """How the work of `SummaryShape` is shared out."""
 
     _fields_ = tuple((name, _int) for name in ("rows", "head_threads", "class_threads", "slices"))
 
 
-class _DeviceArray(Protocol):
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]: ...
-
-
-def address(array: _DeviceArray | int | None) -> int | None:
+def address(array: Any) -> int | None:
     """Where a device array begins.
 
     Raises:
@@ -175,20 +176,24 @@ def address(array: _DeviceArray | int | None) -> int | None:
     gpudata = getattr(array, "gpudata", None)  # pycuda
     if gpudata is not None:
         return int(gpudata)
-    interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None:
-        raise InputError(
-            f"A {type(array).__module__}.{type(array).__name__} was given to a CUDA kernel.",
-            "It tells no device address.",
-            "Pass a torch tensor on 'cuda', or an array of cupy or pycuda.",
-        )
-    if interface.get("strides") is not None:
+    if getattr(array, "is_cuda", False):  # torch: its interface knows no bfloat16
+        contiguous, start = array.is_contiguous(), array.data_ptr()
+    else:
+        interface = getattr(array, "__cuda_array_interface__", None)
+        if interface is None:
+            raise InputError(
+                f"A {type(array).__module__}.{type(array).__name__} was given to a CUDA kernel.",
+                "It tells no device address.",
+                "Pass a torch tensor on 'cuda', or an array of cupy or pycuda.",
+            )
+        contiguous, start = interface.get("strides") is None, interface["data"][0]
+    if not contiguous:
         raise InputError(
             "An array with strides was given to a CUDA kernel.",
             "The kernels read consecutive elements.",
             "Make it contiguous first.",
         )
-    return int(interface["data"][0])
+    return int(start)
 
 
 class Library:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hydra_edge import kernels
 from hydra_edge.errors import InputError, MissingDependencyError
@@ -77,11 +78,42 @@ class DeviceArray:
         self.__cuda_array_interface__ = {"data": (4096, False), "strides": strides}
 
 
+class Tensor:
+    """As torch's on a GPU, of a type that `__cuda_array_interface__` refuses."""
+
+    is_cuda = True
+
+    def __init__(self, contiguous: bool) -> None:
+        self.contiguous = contiguous
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+    def data_ptr(self) -> int:
+        return 8192
+
+    @property
+    def __cuda_array_interface__(self) -> None:
+        raise TypeError("bfloat16")
+
+
+def test_configurations_can_be_printed() -> None:
+    config = kernels.LinearConfig(batch_tiles=2, row_tiles=1, row_warps=4, k_warps=2)
+    assert repr(config).startswith(
+        "LinearConfig(batch_tiles=2, row_tiles=1, row_warps=4, k_warps=2"
+    )
+
+
 def test_addresses() -> None:
     assert kernels.address(None) is None
     assert kernels.address(4096) == 4096
     assert kernels.address(DeviceArray()) == 4096
+    assert kernels.address(Tensor(True)) == 8192
+    with pytest.raises(InputError, match="with strides"):
+        kernels.address(Tensor(False))
+    with pytest.raises(InputError, match=r"torch\.Tensor was given"):
+        kernels.address(torch.zeros(3))
     with pytest.raises(InputError, match=r"numpy\.ndarray was given to a CUDA kernel"):
-        kernels.address(np.zeros(3))  # type: ignore[arg-type]
+        kernels.address(np.zeros(3))
     with pytest.raises(InputError, match="with strides"):
         kernels.address(DeviceArray((8, 4)))
