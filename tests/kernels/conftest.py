@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from kernels.emulation import Emulator, compile_emulated
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from kernels.emulation import CONSTANT, INPUT, UNINITIALISED, Array
 
 from hydra_edge import kernels
+from kernels.emulation import CONSTANT, INPUT, UNINITIALISED, Array
 
 GUARD = 1024
 GUARD_BYTE = 0xA5

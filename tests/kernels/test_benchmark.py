@@ -12,9 +12,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernels.emulation import CONSTANT, OUTPUT, Emulator
 
 from hydra_edge.errors import HydraError
+from kernels.emulation import CONSTANT, OUTPUT, Emulator
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import kernel_work

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernels.emulation import Emulator
 
 from hydra_edge.errors import CompilationError, HydraError, InputError
 from hydra_edge.kernels import (
@@ -25,6 +24,7 @@ from hydra_edge.kernels import (
     SummaryConfig,
     SummaryShape,
 )
+from kernels.emulation import Emulator
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))

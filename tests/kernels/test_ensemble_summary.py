@@ -5,7 +5,6 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 from hydra_edge.errors import CompilationError, HydraError, InputError
 from hydra_edge.kernels import (
@@ -22,6 +21,7 @@ from hydra_edge.ops.ensemble_summary import (
     reference_classification,
     reference_gaussian,
 )
+from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 SOFTMAX, SIGMOID, GAUSSIAN = 1, 2, 3
 DTYPES = {FLOAT32: np.float32, FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernels.gpu import GUARD, Gpu, library_path
-from kernels.test_group_linear import VARIANTS, Case
 
 from hydra_edge import kernels
 from hydra_edge.kernels import FLOAT32, LinearArguments, SummaryOutputs
 from hydra_edge.ops import packing
 from hydra_edge.ops.ensemble_summary import CLASSIFICATION_OUTPUTS, reference_classification
+from kernels.gpu import GUARD, Gpu, library_path
+from kernels.test_group_linear import VARIANTS, Case
 
 HERE = Path(__file__).parent
 

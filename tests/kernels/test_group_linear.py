@@ -8,7 +8,6 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 from hydra_edge.errors import HydraError
 from hydra_edge.kernels import (
@@ -24,6 +23,7 @@ from hydra_edge.kernels import (
 )
 from hydra_edge.ops import packing
 from hydra_edge.ops.ensemble_summary import CLASSIFICATION_OUTPUTS, reference_classification
+from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 DTYPES = {
     FLOAT32: np.dtype(np.float32),

@@ -6,8 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from kernels.emulation import INPUT, OUTPUT, Array, Machine
-from kernels.test_group_linear import ACTIVATIONS, DTYPES, VARIANTS
 
 from hydra_edge.errors import CompilationError, HydraError
 from hydra_edge.kernels import (
@@ -23,6 +21,8 @@ from hydra_edge.kernels import (
 )
 from hydra_edge.ops import packing
 from hydra_edge.ops.ensemble_summary import CLASSIFICATION_OUTPUTS, reference_classification
+from kernels.emulation import INPUT, OUTPUT, Array, Machine
+from kernels.test_group_linear import ACTIVATIONS, DTYPES, VARIANTS
 
 GELU, RELU = 2, 1
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kernels.emulation import KERNELS, compile_emulated
 
 # name: (file, what stands there, what stands there instead)
