@@ -81,11 +81,20 @@ def compile(
 
     Raises:
         InputError: Unknown target or lowering, a bad batch range, or golden inputs that do not fit.
-        CompilationError: The backend refused the graph, or no lowering reproduced it.
+        DeviceMismatchError: The target is too old.
+        CompilationError: There is no backend for the target, it refused the graph, or no lowering
+            reproduced it.
     """
     options = options or CompileOptions()
     options = options if batch is None else replace(options, batch=batch)
     row = targets.find(target)
+    if row.backend not in backends.names():
+        built = [one.name for one in targets.TARGETS if one.backend in backends.names()]
+        raise CompilationError(
+            f"This version of hydra-edge builds no engines for '{row.name}'.",
+            f"That takes the backend '{row.backend}'; it builds for: {', '.join(built)}.",
+            f"`hydra-edge plan FILE --target {row.name}` tells what the graph would be there.",
+        )
     backend = backends.find(row.backend)
     options = replace(options, batch=_batch_range(graph, options.batch))
     feeds = (

@@ -17,7 +17,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from hydra_edge import kernels, targets
+from hydra_edge import backends, kernels, targets
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.graph import FusionGroup, Graph
 from hydra_edge.artifacts.prediction import Prediction
@@ -28,6 +28,7 @@ from hydra_edge.fusion import explain
 if TYPE_CHECKING:
     from hydra_edge.artifacts.graph import Json
     from hydra_edge.mixed_precision import Mix
+    from hydra_edge.planning import Plan
     from hydra_edge.sensitivity import Sensitivity
     from hydra_edge.verification import Verification
 
@@ -203,7 +204,11 @@ def describe_environment() -> tuple[Rows, bool]:
     rows: Rows = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "compiles for": [f"{t.name} ({', '.join(t.precisions)})" for t in targets.TARGETS],
+        "compiles for": [
+            f"{t.name} ({', '.join(t.precisions)})"
+            for t in targets.TARGETS
+            if t.backend in backends.names()
+        ],
     }
     healthy = True
     missing: dict[str, list[str]] = {}
@@ -249,6 +254,83 @@ def _import_problem(module: str) -> str:
     except ImportError as exc:
         return str(exc)
     return ""
+
+
+def describe_plan(plan: Plan) -> Rows:
+    """Rows about the target and the graph; `plan_table` has the precisions."""
+    target, gpu = plan.target, plan.target.gpu
+    rows: Rows = {"target": target.description}
+    if gpu is not None:
+        sm = f"sm_{gpu.compute_capability}, {gpu.sm_count} SMs at {gpu.clock_ghz:g} GHz"
+        dla = f", {gpu.dla} DLA" if gpu.dla else ""
+        rows["gpu"] = f"{sm}, {gpu.memory_gb:g} GB at {gpu.bandwidth_gb_s:g} GB/s{dla}"
+        rows["power"] = gpu.power
+        rows["source"] = gpu.source
+    rows["software"] = [
+        f"{target.name}@{one.name}: TensorRT{'-RTX' if 'rtx' in target.backend else ''} "
+        f"{one.tensorrt}, CUDA {one.cuda}" + (f", Python {one.python}" if one.python else "")
+        for one in target.software
+    ] or ["ONNX Runtime"]
+    rows["fusion"] = describe_fusion(plan.fusion)
+    flops = plan.flops_per_sample
+    rows["flops per sample"] = f"{_quantity(flops)}FLOP"
+    if plan.ensemble_flops_per_sample is not None and flops:
+        ratio = plan.ensemble_flops_per_sample / flops
+        rows["its ensemble"] = (
+            f"{plan.heads} members of one body and one head each: "
+            f"{_quantity(plan.ensemble_flops_per_sample)}FLOP per sample, {ratio:.3g} times as many"
+        )
+    elsewhere = target.is_jetson or target.backend == "tensorrt"
+    where = "on the device itself: an engine fits the GPU it was built on" if elsewhere else "here"
+    rows["engine"] = (
+        f"is built {where}"
+        if plan.buildable
+        else f"not built by this version, which has no backend '{target.backend}'"
+    )
+    return rows
+
+
+def targets_table() -> Table:
+    """A line per target; those that this version cannot build for say so."""
+    lines = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("target", "device", "sm", "memory", "precisions", "releases", ""):
+        lines.add_column(name)
+    for target in targets.TARGETS:
+        gpu = target.gpu
+        lines.add_row(
+            target.name,
+            target.description.rstrip(".").split(". ")[0],
+            f"{gpu.compute_capability}" if gpu else "",
+            f"{gpu.memory_gb:g} GB, {gpu.bandwidth_gb_s:g} GB/s" if gpu else "",
+            ", ".join(target.precisions),
+            ", ".join(one.name for one in target.software),
+            "compile" if target.backend in backends.names() else "plan only",
+        )
+    return lines
+
+
+def plan_table(plan: Plan) -> Table:
+    """A line per precision: bytes, and the least time of student and ensemble per batch."""
+    lines = Table(box=None, padding=(0, 2, 0, 0))
+    lines.add_column("precision")
+    lines.add_column("weights", justify="right")
+    lines.add_column("ensemble", justify="right")
+    batches = [floor.batch for floor in max((p.floors for p in plan.precisions), key=len)]
+    for batch in batches:
+        lines.add_column(f"floor B={batch}, ms", justify="right")
+        lines.add_column("ensemble", justify="right")
+    for row in plan.precisions:
+        ensemble = "" if row.ensemble_bytes is None else f"{_quantity(row.ensemble_bytes)}B"
+        cells = [row.precision, f"{_quantity(row.weight_bytes)}B", ensemble]
+        if not row.fits:
+            cells[2] += " (more than the memory)"
+        for floor in row.floors:
+            member = "" if floor.ensemble_ms is None else f"{floor.ensemble_ms:.3g}"
+            cells += [f"{floor.student_ms:.3g} ({floor.bound})", member]
+        if batches and not row.floors:
+            cells.append("no rate published")
+        lines.add_row(*cells)
+    return lines
 
 
 def verification_table(result: Verification) -> Table:

@@ -23,7 +23,7 @@ from hydra_edge.exporting import summarize
 FEATURES, HIDDEN, CLASSES, HEADS, SAMPLES = 12, 16, 4, 3, 120
 VERBS = (
     *("demo", "export", "merge", "quantize", "fuse", "compile", "verify", "bench", "run"),
-    *("inspect", "targets", "doctor"),
+    *("inspect", "targets", "plan", "doctor"),
 )
 
 
@@ -391,3 +391,24 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
         "--precision", "int8,layer.body[/x]=fp32",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+
+
+def test_plan(files: Path) -> None:
+    found = json.loads(hydra("plan", files / "student.onnx", "--target", "l4", "--json").stdout)
+    assert found["heads"] == 3
+    assert found["target"]["gpu"]["compute_capability"] == 89
+    shown = hydra("plan", files / "student.onnx", "--target", "jetson-thor@jp7.0")
+    assert shown.exit_code == 0, shown.output
+    assert "jetson-thor@jp7.0: TensorRT 10.13" in shown.output
+    assert "no rate published" in shown.output
+    bad = hydra("plan", files / "student.onnx", "--target", "l4", "--batch", "1,many")
+    assert bad.exit_code == 1
+    assert "Batches '1,many'" in bad.stderr
+
+
+def test_a_target_without_a_backend(files: Path, tmp_path: Path) -> None:
+    target = ("--target", "jetson-agx-orin")
+    done = hydra("compile", files / "student.onnx", *target, "-o", tmp_path / "s.hydra")
+    assert done.exit_code == 1
+    assert "builds no engines for 'jetson-agx-orin'" in done.stderr
+    assert "hydra-edge plan" in done.stderr

@@ -74,7 +74,7 @@ def test_an_unknown_lowering() -> None:
 
 
 def test_an_unknown_target() -> None:
-    with pytest.raises(InputError, match=r"Unknown target 'toaster'. This version compiles for"):
+    with pytest.raises(InputError, match="Unknown target 'toaster'"):
         compile(student(), "toaster")
 
 

@@ -56,13 +56,18 @@ class Backend(Protocol):
         ...
 
 
+def names() -> tuple[str, ...]:
+    """The backends of this version."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+
+
 def find(name: str) -> Backend:
     """Load a backend by file name.
 
     Raises:
         DeviceMismatchError: This version has no such backend.
     """
-    known = sorted(info.name for info in pkgutil.iter_modules(__path__))
+    known = names()
     if name not in known:
         raise DeviceMismatchError(
             f"The engine needs the backend '{name}'.",

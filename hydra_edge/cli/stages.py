@@ -1,75 +1,26 @@
-"""The command line: one verb per stage. Parses, calls, prints; every verb has its library call.
-
-Exit codes: 0 ok, 1 error, 2 usage, 3 accuracy or uncertainty gate failed, 4 engine does not fit
-this device, 5 performance gate failed, 6 something missing from the environment, 130 interrupted.
-"""
+"""The verbs that make something: from members to an engine, its measurements and predictions."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from hydra_edge import terminal
-from hydra_edge.errors import GateError, HydraError, InputError, PerformanceGateError, UsageError
-
-app = typer.Typer(
-    name="hydra-edge",
-    help="Uncertainty-aware models on the edge: compile, prove and serve Hydra students.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from hydra_edge.cli.app import (
+    Batch,
+    CalibrationFile,
+    DataFile,
+    JsonFlag,
+    Method,
+    Output,
+    PrecisionText,
+    Threads,
+    exit_with,
+    verb,
 )
-Verb = TypeVar("Verb", bound=Callable[..., None])
-INTERRUPTED = 130
-
-Output = Annotated[Path, typer.Option("-o", "--output", help="File to write.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")]
-Batch = Annotated[str, typer.Option(help="Smallest, best and largest batch, e.g. 1,8,32.")]
-PrecisionText = Annotated[
-    str,
-    typer.Option(
-        help="fp32, fp16, int8, int8-weight-only, int4-weight-only, fp8, or parts: "
-        "body=int8,heads=fp16,head.3=fp32,layer.NODE=fp16."
-    ),
-]
-CalibrationFile = Annotated[
-    Path | None, typer.Option(help="Representative inputs (.npz or .npy), needed for int8 and fp8.")
-]
-Method = Annotated[str, typer.Option("--method", help="minmax, percentile, entropy or mse.")]
-DataFile = Annotated[Path, typer.Option(help="Inputs, and labels under 'labels' (.npz).")]
-
-
-def verb(function: Verb) -> Verb:
-    """Register a verb; deliberate errors become a message and an exit code, never a traceback."""
-
-    @functools.wraps(function)
-    def run(*args: object, **kwargs: object) -> None:
-        try:
-            function(*args, **kwargs)
-        except HydraError as exc:
-            if kwargs.get("as_json"):
-                parts = {"what": exc.what, "why": exc.why, "fix": exc.fix}
-                typer.echo(json.dumps({"error": {"type": type(exc).__name__, **parts}}))
-            raise _exit(exc) from exc
-        except KeyboardInterrupt as exc:
-            typer.echo("\ninterrupted: no file was half written; run the command again.", err=True)
-            raise typer.Exit(INTERRUPTED) from exc
-
-    app.command(name=function.__name__.rstrip("_"))(run)
-    return function
-
-
-def _exit(exc: HydraError) -> typer.Exit:
-    """Say on stderr what failed; the exit to raise."""
-    typer.echo(f"error: {exc.what}\n  why: {exc.why}\n  fix: {exc.fix}", err=True)
-    return typer.Exit(exc.exit_code)
+from hydra_edge.errors import GateError, InputError, PerformanceGateError, UsageError
 
 
 @verb
@@ -331,7 +282,7 @@ def verify(
     try:
         result.require()
     except GateError as exc:  # what was printed above says it already; one document per call
-        raise _exit(exc) from exc
+        raise exit_with(exc) from exc
 
 
 @verb
@@ -413,7 +364,7 @@ def bench(
                     f"At least {min_speedup:g} times was asked for.",
                     "Check the FLOP ratio in the report: it bounds what can be gained.",
                 )
-                raise _exit(error)
+                raise exit_with(error)
 
 
 @verb
@@ -445,54 +396,3 @@ def run(
         terminal.echo_json({name: array.tolist() for name, array in prediction.items()})
     else:
         terminal.console_on(stderr=False).print(inspection.table(rows))
-
-
-@verb
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A .hydra engine or an .onnx graph.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Show what a file holds: inputs, outputs, heads, precision, lowering, provenance."""
-    from hydra_edge import inspection
-
-    terminal.show(inspection.describe_file(file), as_json, title=str(file))
-
-
-@verb
-def targets(as_json: JsonFlag = False) -> None:
-    """List what engines can be compiled for."""
-    from hydra_edge.targets import TARGETS
-
-    rows = {t.name: f"{', '.join(t.precisions)}: {t.description}" for t in TARGETS}
-    terminal.show(rows, as_json, title="targets")
-
-
-@verb
-def doctor(as_json: JsonFlag = False) -> None:
-    """Tell what this machine can do, and what to install for the rest."""
-    from hydra_edge import inspection
-
-    rows, healthy = inspection.describe_environment()
-    terminal.show(rows, as_json, title="this machine")
-    if not healthy:
-        raise typer.Exit(6)
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        from hydra_edge import __version__
-
-        typer.echo(f"hydra-edge {__version__}")
-        raise typer.Exit
-
-
-def main() -> None:
-    """Entry point."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""``python -m hydra_edge.cli``."""
+
+from hydra_edge.cli import main
+
+main()
