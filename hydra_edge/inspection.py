@@ -310,26 +310,25 @@ def targets_table() -> Table:
 
 
 def plan_table(plan: Plan) -> Table:
-    """A line per precision: bytes, and the least time of student and ensemble per batch."""
+    """A block per precision: bytes, and the least time of student and ensemble per batch."""
     lines = Table(box=None, padding=(0, 2, 0, 0))
-    lines.add_column("precision")
-    lines.add_column("weights", justify="right")
-    lines.add_column("ensemble", justify="right")
-    batches = [floor.batch for floor in max((p.floors for p in plan.precisions), key=len)]
-    for batch in batches:
-        lines.add_column(f"floor B={batch}, ms", justify="right")
-        lines.add_column("ensemble", justify="right")
+    lines.add_column("precision", no_wrap=True)
+    for name in ("weights", "ensemble's", "batch", "floor, ms", "ensemble's"):
+        lines.add_column(name, justify="right")
+    lines.add_column("bound by")
     for row in plan.precisions:
         ensemble = "" if row.ensemble_bytes is None else f"{_quantity(row.ensemble_bytes)}B"
-        cells = [row.precision, f"{_quantity(row.weight_bytes)}B", ensemble]
-        if not row.fits:
-            cells[2] += " (more than the memory)"
+        head = [row.precision, f"{_quantity(row.weight_bytes)}B", ensemble]
         for floor in row.floors:
-            member = "" if floor.ensemble_ms is None else f"{floor.ensemble_ms:.3g}"
-            cells += [f"{floor.student_ms:.3g} ({floor.bound})", member]
-        if batches and not row.floors:
-            cells.append("no rate published")
-        lines.add_row(*cells)
+            members = "" if floor.ensemble_ms is None else f"{floor.ensemble_ms:.3g}"
+            cells = [f"{floor.batch}", f"{floor.student_ms:.3g}", members, floor.bound]
+            lines.add_row(*head, *cells)
+            head = ["", "", ""]
+        if not row.floors:
+            unknown = "no rate published" if plan.target.gpu else ""
+            lines.add_row(*head, "", "", "", unknown)
+        if not row.fits:
+            lines.add_row("", "", "more than the memory")
     return lines
 
 
