@@ -325,7 +325,7 @@ def plan_table(plan: Plan) -> Table:
             lines.add_row(*head, *cells)
             head = ["", "", ""]
         if not row.floors:
-            unknown = "no rate published" if plan.target.gpu else ""
+            unknown = "no rate" if plan.target.gpu else ""
             lines.add_row(*head, "", "", "", unknown)
         if not row.fits:
             lines.add_row("", "", "more than the memory")

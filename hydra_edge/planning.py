@@ -27,7 +27,7 @@ class Floor:
         batch: Rows of a run.
         student_ms: Of the graph.
         ensemble_ms: Of M members, each the body and one head; None without heads.
-        bound: "memory" or "arithmetic": what the student's floor is made of.
+        bound: "memory" or "compute": what the student's floor is made of.
     """
 
     batch: int
@@ -169,5 +169,5 @@ def _floor(
             if flops is None or weight_bytes is None
             else max(milliseconds(flops, weight_bytes))
         ),
-        bound="memory" if memory >= arithmetic else "arithmetic",
+        bound="memory" if memory >= arithmetic else "compute",
     )

@@ -67,7 +67,7 @@ def test_floors_are_bandwidth_and_arithmetic() -> None:
     small, large = row.floors
     assert small.bound == "memory"
     assert small.student_ms == pytest.approx(row.weight_bytes / 204.8e9 * 1e3)
-    assert large.bound == "arithmetic"
+    assert large.bound == "compute"
     rate = 2 * 2048 * 16 * 1.3e9
     assert large.student_ms == pytest.approx(100_000 * found.flops_per_sample / rate * 1e3)
     assert large.ensemble_ms == pytest.approx(
