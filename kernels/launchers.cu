@@ -30,6 +30,10 @@ hydra_status finished(cudaError_t error) {
                  cudaGetErrorString(error));
 }
 
+bool overlaps(int wanted, const hydra_device& device) {
+  return wanted != 0 && device.compute_capability >= 90;
+}
+
 hydra_status missing(const char* what) {
   return failure(HYDRA_INVALID, "%s is NULL. The kernel would read or write it. Pass a device pointer.",
                  what);
@@ -166,7 +170,7 @@ hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_lin
     p.counters = a.counters;
   }
   const dim3 grid(divided_up(s.batch, batch_rows), divided_up(s.outputs, rows), s.heads);
-  const Launch how = {grid, threads, hydra_linear_shared_bytes(shape, &c), c.overlap != 0,
+  const Launch how = {grid, threads, hydra_linear_shared_bytes(shape, &c), overlaps(c.overlap, device),
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(linear_kernel(variant, c.batch_tiles, c.row_tiles), how, p));
 }
@@ -372,7 +376,7 @@ hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_
     p.counters = a.counters;
   }
   const dim3 grid(divided_up(s.batch, batch_rows), c.slices, s.heads);
-  const Launch how = {grid, threads, hydra_chain_shared_bytes(shape, &c), c.overlap != 0,
+  const Launch how = {grid, threads, hydra_chain_shared_bytes(shape, &c), overlaps(c.overlap, device),
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(chain_kernel(variant, c.batch_tiles), how, p));
 }

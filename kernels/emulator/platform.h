@@ -114,6 +114,7 @@ inline uint32_t count_up(uint32_t* p, uint32_t last,
   return before;
 }
 
+inline void start_next_kernel() {}
 inline void wait_for_previous_kernel() {
   emulator::machine.thread().previous_kernel_done = true;
 }

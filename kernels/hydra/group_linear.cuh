@@ -85,6 +85,7 @@ HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLin
       weights, first_row / kRows + warp % p.split.row_warps * RT, k_begin,
       aligned ? p.inputs / Format::kDepth : 0, min(k_begin + per_warp, k_tiles));
 
+  start_next_kernel();
   wait_for_previous_kernel();
   const uint8_t* x_rows = static_cast<const uint8_t*>(p.x) +
                           (int64_t(head) * p.x_per_head * p.batch + first_b) * row_bytes;

@@ -144,6 +144,7 @@ class ChainBlock {
     WarpMultiply<Format, NT, 1> product(weights, row_tile + warp % layer.split.row_warps, begin,
                                         depth, works ? min(begin + per_warp, depth) : begin);
     if (bring_x) {
+      start_next_kernel();
       wait_for_previous_kernel();
       read_x(in);
       sync_block();

@@ -103,6 +103,14 @@ HYDRA_DEVICE void fence() { __threadfence(); }
 // Adds 1 and returns what was there; wraps to 0 after `last`.
 HYDRA_DEVICE uint32_t count_up(uint32_t* p, uint32_t last) { return atomicInc(p, last); }
 
+// With programmatic dependent launch, the next kernel may begin once every block has come here. It
+// reads its weights, which nobody writes, and then waits for all of this kernel.
+HYDRA_DEVICE void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // With programmatic dependent launch, everything before this line overlaps the previous kernel.
 HYDRA_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
