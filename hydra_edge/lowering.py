@@ -6,6 +6,11 @@ Three ways to run grouped heads without a kernel of our own; `compile` times the
     wide      a first layer, whose input all heads share, is one dense [K, M·N] matmul; then grouped
     separate  M small matmuls per layer, as before fusion: some runtimes prepack only those
 
+A fourth is for TensorRT and TensorRT-RTX, which multiply integers where they see QuantizeLinear and
+DequantizeLinear around a MatMul, and optimize the rest themselves:
+
+    qdq       as "wide", and what is stored in int8 stands between those two
+
 Weights stored in few bits become floats when the runtime loads them, unless their input is stored
 in integers too. Integer matmuls stay integer in all three; `integer_path` and `float_path` do the
 same for the layers of the body.
@@ -19,10 +24,11 @@ import onnx_graphsurgeon as gs
 
 from hydra_edge import float_path, integer_path, surgery
 from hydra_edge.artifacts.graph import Graph
-from hydra_edge.errors import InputError
+from hydra_edge.errors import CompilationError, InputError
 
 Array = npt.NDArray[np.generic]
 LOWERINGS = ("grouped", "wide", "separate")
+EXPLICIT = "qdq"
 # Ops that act alike on every head and on a stack of them: "separate" carries M tensors through.
 _ELEMENTWISE = (
     "Abs Add Cast Ceil Celu Clip Cos Div Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
@@ -36,7 +42,7 @@ def lower(graph: Graph, lowering: str) -> Graph:
 
     Args:
         graph: A fused graph.
-        lowering: One of `LOWERINGS`.
+        lowering: One of `LOWERINGS`, or `EXPLICIT`.
 
     Returns:
         A graph that computes the same. Inlining its functions leaves standard ops that the lowering
@@ -44,15 +50,20 @@ def lower(graph: Graph, lowering: str) -> Graph:
 
     Raises:
         InputError: There is no such lowering.
+        CompilationError: "qdq" of heads stored in another type than floats or int8.
     """
-    if lowering not in LOWERINGS:
+    if lowering not in (*LOWERINGS, EXPLICIT):
         raise InputError(
             f"Unknown lowering '{lowering}'.",
-            f"There are: {', '.join(LOWERINGS)}.",
+            f"There are: {', '.join((*LOWERINGS, EXPLICIT))}.",
             "Pick one of those, or let `compile` time them all.",
         )
     surgeon = surgery.open_model(graph.model)
     emitter = _Emitter(surgeon)
+    if lowering == EXPLICIT:
+        for node in list(surgeon.nodes):
+            emitter.explicit(node)
+        return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
     for node in list(surgeon.nodes):
         if node.op in ("GroupedMatMul", "QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul"):
             # What stands behind a node that was taken apart has lost its shape: heads are stacked.
@@ -169,6 +180,52 @@ class _Emitter:
         product = self.op("MatMulInteger", inputs, np.int32)
         real = self.op("Cast", [product], np.float32, {"to": 1})
         return self.op("Mul", [real, scale], np.float32)
+
+    def explicit(self, node: gs.Node) -> None:
+        """Integers between QuantizeLinear and DequantizeLinear.
+
+        A weight ``[M, K, N]`` has scales along two axes, which DequantizeLinear cannot express: it
+        becomes floats with scale 1, and the product is multiplied by the scales. TensorRT knows one
+        scale for activations: where heads have their own, x is divided by them before.
+        """
+        if node.op not in ("GroupedMatMul", "QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul"):
+            return
+        x, weight, bias = node.inputs[:3]
+        wide = x.shape is not None and len(x.shape) == 2
+        if node.op == "GroupedMatMul":
+            if wide:
+                self.wide(node)
+            return
+        scale = np.asarray(node.inputs[3].values, np.float32)
+        if node.op == "QuantizedGroupedMatMul":
+            x_scale = node.inputs[4].values
+            if x_scale.size > 1:
+                x = self.op("Div", [x, self.constant(x_scale)], x.dtype)
+                scale, wide = scale * x_scale, False
+                x_scale = np.ones((), np.float32)
+            x = self.dequantized(self.quantized(x, self.constant(x_scale)), x_scale.reshape(()))
+        elif weight.dtype != np.int8 or _block(node) or np.any(node.inputs[4].values):
+            raise CompilationError(
+                f"The heads '{node.name}' are stored in {weight.dtype}, or in blocks of rows.",
+                "A stack of heads between Q and DQ is int8 with a scale for each column.",
+                "Compile the graph as it was before fusion, or choose int8.",
+            )
+        if wide:
+            columns = np.asarray(_side_by_side(scale).reshape(-1), np.float32)
+            matrix = self.dequantized(self.flat(weight), columns, axis=1)
+            product = self.op("MatMul", [x, matrix], np.float32)
+            self.unflatten(node, self.op("Add", [product, self.flat(bias)], np.float32))
+            return
+        product = self.op("MatMul", [x, self.dequantized(weight, np.ones((), np.float32))])
+        scaled = self.op("Mul", [product, self.constant(scale)], np.float32)
+        self.finish(node, "Add", [scaled, bias])
+
+    def dequantized(self, x: gs.Tensor, scale: Array, axis: int | None = None) -> gs.Tensor:
+        """int8 as floats, zero point 0."""
+        zeros = self.constant(np.zeros(scale.shape, np.int8))
+        attrs: dict[str, object] = {} if axis is None else {"axis": axis}
+        inputs = [x, self.constant(np.asarray(scale, np.float32)), zeros]
+        return self.op("DequantizeLinear", inputs, np.float32, attrs)
 
     def separate(self, node: gs.Node) -> None:
         """One matmul per head, carried on as M tensors."""

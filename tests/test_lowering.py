@@ -21,10 +21,10 @@ from onnx_models import (
 from hydra_edge import ops
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
-from hydra_edge.errors import InputError
+from hydra_edge.errors import CompilationError, InputError
 from hydra_edge.exporting import summarize
 from hydra_edge.fusion import fuse
-from hydra_edge.lowering import LOWERINGS, has_heads, lower
+from hydra_edge.lowering import EXPLICIT, LOWERINGS, has_heads, lower
 from hydra_edge.quantization import quantize
 
 # The lowered integers are the same; the scaling rounds in another order.
@@ -196,3 +196,57 @@ def test_wide_int8_equals_integer_arithmetic() -> None:
     for name in LOWERINGS:
         found = evaluate(lower(fused, name).model, feeds)["logits"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def explicit(fused: Graph) -> list[str]:
+    """The ops of the lowering for TensorRT, which computes the same."""
+    lowered = lower(fused, EXPLICIT)
+    assert_same(lowered, fused, batches=(1, 2, 9), rtol=EXACT)
+    assert (lowered.inputs, lowered.outputs) == (fused.inputs, fused.outputs)
+    names = ops_of(lowered)
+    assert not {"QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul", "MatMulInteger"} & set(names)
+    return names
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (5, 7)])
+@pytest.mark.parametrize("options", [{}, {"norm": "layer", "activation": "Gelu"}])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-weight-only"])
+def test_explicit(hidden: tuple[int, ...], options: dict[str, str], precision: str) -> None:
+    graph = mlp_heads(hidden=hidden, **options)  # type: ignore[arg-type]
+    if precision != "fp32":
+        graph = quantize(graph, precision, calibration=feeds_for(graph, 40))
+    names = explicit(fuse(graph))
+    layers = len(hidden) + 2  # with the body's
+    dequantized = {"fp32": 0, "int8": 2 * layers, "int8-weight-only": layers}[precision]
+    assert names.count("DequantizeLinear") == dequantized
+
+
+def test_explicit_needs_columns_of_int8() -> None:
+    graph = mlp_heads(hidden=(64,))
+    fused = fuse(quantize(graph, "int4-weight-only"))
+    with pytest.raises(CompilationError, match="stored in"):
+        lower(fused, EXPLICIT)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int8-weight-only"])
+def test_tensorrt_rtx_builds_what_is_explicit(precision: str) -> None:
+    """Without a GPU, for the three generations of cards; the fused graph itself it refuses."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    graph = mlp_heads(hidden=(64,), k=64)
+    fused = fuse(quantize(graph, precision, calibration=feeds_for(graph, 40)))
+    model = ops.inline(lower(fused, EXPLICIT).model)
+    logger = trt.Logger(trt.Logger.ERROR)
+    for capability in ("SM86", "SM89", "SM120"):
+        builder = trt.Builder(logger)
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = trt.OnnxParser(network, logger)
+        assert parser.parse(model.SerializeToString()), parser.get_error(0).desc()
+        config = builder.create_builder_config()
+        profile = builder.create_optimization_profile()
+        name, (_, features) = network.get_input(0).name, network.get_input(0).shape
+        profile.set_shape(name, (1, features), (8, features), (32, features))
+        config.add_optimization_profile(profile)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+        assert builder.build_serialized_network(network, config) is not None
