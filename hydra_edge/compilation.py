@@ -15,9 +15,11 @@ from hydra_edge import backends, equivalence, lowering, targets
 from hydra_edge.artifacts.arrays import check_arrays
 from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph, TensorSpec
-from hydra_edge.backends import Backend
+from hydra_edge.backends import Backend, BuildRequest, onnxruntime
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import CompilationError, InputError
+from hydra_edge.precision import Precision
+from hydra_edge.targets import Target
 
 Array = npt.NDArray[np.generic]
 _TIMING_SECONDS = 0.5  # per candidate lowering, in all rounds together
@@ -96,6 +98,7 @@ def compile(
             f"`hydra-edge plan FILE --target {row.name}` tells what the graph would be there.",
         )
     backend = backends.find(row.backend)
+    _check_precision(graph, row)
     options = replace(options, batch=_batch_range(graph, options.batch))
     feeds = (
         check_arrays(golden, graph.inputs)
@@ -103,9 +106,14 @@ def compile(
         else equivalence.random_inputs(graph.inputs, batch=min(16, options.batch[2]))
     )
     record = Golden(feeds, evaluate(graph.model, feeds), equivalence.tolerance_of(graph.model))
-    candidates = _candidates(graph, unfused, backend, options, record)
-    timings = _time(candidates, graph.inputs, backend, options)
-    best = _choose(timings)
+    request = BuildRequest(row, graph.inputs, options.batch)
+    if backend.cannot_run(request):
+        best, payload = _build_unseen(graph, unfused, backend, request, options, record)
+        candidates, timings = {best: payload}, {}
+    else:
+        candidates = _candidates(graph, unfused, backend, request, options, record)
+        timings = _time(candidates, graph.inputs, backend, options)
+        best = _choose(timings)
     program = Program(
         inputs=graph.inputs,
         outputs=graph.outputs,
@@ -134,6 +142,22 @@ def compile(
     )
 
 
+def _check_precision(graph: Graph, row: Target) -> None:
+    """Refuse what the GPU cannot multiply, before a builder is asked."""
+    try:
+        asked = Precision.parse(graph.metadata.precision)
+    except InputError:  # of another tool: the builder will say
+        return
+    parts = {asked.body, asked.heads, *asked.head_overrides.values(), *asked.layers.values()}
+    missing = sorted(parts - set(row.precisions))
+    if row.gpu is not None and missing:
+        raise CompilationError(
+            f"The graph is stored in {', '.join(missing)}, for {row.name}.",
+            f"Its GPU, sm_{row.gpu.compute_capability}, has: {', '.join(row.precisions)}.",
+            "Choose one of those, or another target: `hydra-edge targets` lists them.",
+        )
+
+
 def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, int]:
     """A graph with a fixed batch has a range of one."""
     for spec in (*graph.inputs, *graph.outputs):
@@ -158,6 +182,7 @@ def _candidates(
     graph: Graph,
     unfused: Graph | None,
     backend: Backend,
+    request: BuildRequest,
     options: CompileOptions,
     record: Golden,
 ) -> dict[str, bytes]:
@@ -178,7 +203,7 @@ def _candidates(
                 "It needs the graph before fusion, which was not given.",
                 "Pass unfused=…, or compile the unfused graph itself.",
             )
-        payload = backend.build(lowering.lower(source, how).model)
+        payload = backend.build(lowering.lower(source, how).model, request)
         runner = backend.open(payload, options.threads)
         errors[name] = equivalence.replay(runner, record)
         runner.close()
@@ -192,6 +217,54 @@ def _candidates(
             "Please report the graph; its unfused form compiles without grouped ops.",
         )
     return payloads
+
+
+def _build_unseen(
+    graph: Graph,
+    unfused: Graph | None,
+    backend: Backend,
+    request: BuildRequest,
+    options: CompileOptions,
+    record: Golden,
+) -> tuple[str, bytes]:
+    """The first lowering that the backend takes; what it computes is judged by ONNX Runtime.
+
+    Nothing is timed: the program does not run here. The unfused graph is tried last.
+    """
+    sources = [(name, graph, name) for name in backend.LOWERINGS]
+    if unfused is not None and _same_interface(unfused, graph):
+        sources.append((UNFUSED, unfused, backend.LOWERINGS[0]))
+    if options.lowering:
+        sources = [source for source in sources if source[0] == options.lowering]
+    refusals = []
+    for name, source, how in sources:
+        try:
+            lowered = lowering.lower(source, how)
+            payload = backend.build(lowered.model, request)
+        except CompilationError as error:
+            refusals.append(error)
+            continue
+        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
+        ours = lowering.lower(lowered, onnxruntime.LOWERINGS[0])
+        judge = onnxruntime.open(onnxruntime.build(ours.model), options.threads)
+        difference = equivalence.replay(judge, record)
+        judge.close()
+        if difference <= record.tolerance:
+            return name, payload
+        refusals.append(
+            CompilationError(
+                f"The lowering '{name}' is off by {difference:.2g} (relative RMS).",
+                f"Up to {record.tolerance:g} is rounding.",
+                "Please report the graph.",
+            )
+        )
+    if not refusals:
+        raise InputError(
+            f"Unknown lowering '{options.lowering}'.",
+            f"For this target there are: {', '.join(backend.LOWERINGS)}.",
+            "Pick one of those, or leave it out.",
+        )
+    raise refusals[-1]
 
 
 def _choose(timings: Mapping[str, float]) -> str:

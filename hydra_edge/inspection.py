@@ -62,6 +62,7 @@ _LIBRARIES = (
     ("scipy", "scipy", "metrics", "quality figures of regressors"),
     ("torchmetrics", "torchmetrics", "metrics", "calibration error"),
     ("matplotlib", "matplotlib", "report", "plots in HTML reports"),
+    ("tensorrt_rtx", "tensorrt-rtx", "rtx", "engines for GeForce RTX cards"),
 )
 
 
@@ -155,7 +156,8 @@ def describe_engine(engine: Engine) -> Rows:
             *(f"in  {spec}" for spec in program.inputs),
             *(f"out {spec}" for spec in program.outputs),
             f"batch {program.batch[0]} to {program.batch[2]}, best {program.batch[1]}",
-            f"lowering {program.lowering} (p50 at batch {program.batch[1]}: {timings})",
+            f"lowering {program.lowering} "
+            + (f"(p50 at batch {program.batch[1]}: {timings})" if timings else "(not run)"),
             *describe_fusion(program.graph.fusion),
         ]
     return rows

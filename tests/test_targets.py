@@ -6,7 +6,7 @@ import pytest
 
 from hydra_edge import backends, targets
 from hydra_edge.errors import DeviceMismatchError, InputError
-from hydra_edge.lowering import LOWERINGS
+from hydra_edge.lowering import EXPLICIT, LOWERINGS
 from hydra_edge.quantization import PRECISIONS
 
 
@@ -24,7 +24,9 @@ def test_every_row_makes_sense(target: targets.Target) -> None:
     assert target.description.endswith(".")
     if target.backend in backends.names():
         backend = backends.find(target.backend)
-        assert set(backend.LOWERINGS) <= set(LOWERINGS)
+        assert set(backend.LOWERINGS) <= {*LOWERINGS, EXPLICIT}
+        if target.backend == "tensorrt_rtx":
+            pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
         assert backend.versions()
     gpu = target.gpu
     assert (gpu is None) == (target.name == "cpu")

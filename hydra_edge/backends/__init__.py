@@ -5,15 +5,33 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.errors import DeviceMismatchError
+from hydra_edge.targets import Target
 
 Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a program is built for.
+
+    Attributes:
+        target: The device.
+        inputs: Declared inputs; axis 0 of each is the batch.
+        batch: Smallest, best and largest batch.
+    """
+
+    target: Target
+    inputs: tuple[TensorSpec, ...]
+    batch: tuple[int, int, int]
 
 
 class Runner(Protocol):
@@ -39,7 +57,11 @@ class Backend(Protocol):
         """Versions of the libraries that decide what a program does."""
         ...
 
-    def build(self, model: onnx.ModelProto) -> bytes:
+    def cannot_run(self, request: BuildRequest) -> str:
+        """Why this machine cannot run what `build` makes; "" when it can."""
+        ...
+
+    def build(self, model: onnx.ModelProto, request: BuildRequest) -> bytes:
         """Compile one lowered model.
 
         Raises:

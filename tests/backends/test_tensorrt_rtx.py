@@ -1,0 +1,125 @@
+"""Engines for GeForce RTX cards, built for real on a machine without one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_models import conv_student, feeds_for, mlp_heads
+
+from hydra_edge import pipeline, runtime, targets
+from hydra_edge.artifacts.engine import Engine
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.backends import BuildRequest, tensorrt_rtx
+from hydra_edge.compilation import CompileOptions, compile
+from hydra_edge.errors import (
+    CompilationError,
+    DeviceMismatchError,
+    InputError,
+    MissingDependencyError,
+)
+from hydra_edge.fusion import fuse
+from hydra_edge.quantization import quantize
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+CARDS = [target.name for target in targets.TARGETS if target.backend == "tensorrt_rtx"]
+
+
+def graph() -> Graph:
+    return mlp_heads(m=4, k=64, hidden=(64,), c=10)
+
+
+def built(precision: str, target: str) -> Engine:
+    source = graph()
+    return pipeline.build(source, target, precision=precision, calibration=feeds_for(source, 40))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-weight-only"])
+@pytest.mark.parametrize("target", ["rtx-3090", "rtx-4090", "rtx-5090"])
+def test_heads_are_fused_in_every_precision(target: str, precision: str) -> None:
+    engine = built(precision, target)
+    program = engine.programs["main"]
+    assert (engine.target, engine.backend) == (target, "tensorrt_rtx")
+    assert program.lowering == "qdq"
+    assert program.lowering_ms == {}
+    assert len(program.payload) > 1000
+    assert engine.metrics == {}  # nothing ran, so nothing was measured
+    assert "tensorrt-rtx" in engine.tools
+
+
+@pytest.mark.parametrize(
+    ("precision", "target"), [("fp8", "rtx-4090"), ("int4-weight-only", "rtx-3090")]
+)
+def test_other_precisions_are_built_unfused(precision: str, target: str) -> None:
+    assert built(precision, target).programs["main"].lowering == "unfused"
+
+
+def test_generations_give_different_engines() -> None:
+    payloads = {built("fp16", card).programs["main"].payload for card in ("rtx-3090", "rtx-5090")}
+    assert len(payloads) == 2
+
+
+def test_a_file_that_holds_everything_but_runs_elsewhere(tmp_path: Path) -> None:
+    engine = built("int8", "rtx-4090")
+    path = engine.save(tmp_path / "s.hydra")
+    again = Engine.load(path)
+    assert again.programs["main"].payload == engine.programs["main"].payload
+    with pytest.raises(DeviceMismatchError, match="was to be opened") as caught:
+        runtime.load(path)
+    assert caught.value.exit_code == 4
+
+
+def test_data_is_judged_on_the_graph(tmp_path: Path) -> None:
+    source = conv_student()
+    data = feeds_for(source, 64)
+    engine = pipeline.build(source, "rtx-4090", precision="fp16", data=data)
+    assert engine.metrics["top1_agreement"] > 0.9
+    assert "p50_ms" not in engine.metrics
+
+
+def test_fp8_is_refused_before_the_builder_is_asked() -> None:
+    source = graph()
+    stored = quantize(source, "fp8", calibration=feeds_for(source, 40))
+    with pytest.raises(CompilationError, match=r"stored in fp8, for rtx-3090") as caught:
+        compile(fuse(stored), "rtx-3090", unfused=stored)
+    assert "sm_86" in caught.value.why
+
+
+def test_an_open_axis_is_named() -> None:
+    source = graph()
+    request = BuildRequest(targets.find("rtx-4090"), source.inputs, (1, 8, 32))
+    spec = source.inputs[0]
+    odd = replace(request, inputs=(replace(spec, shape=(spec.shape[0], "length")),))
+    with pytest.raises(CompilationError, match="open axes length"):
+        tensorrt_rtx.build(source.model, odd)
+
+
+def test_its_own_words_are_in_the_message() -> None:
+    source = graph()
+    turing = targets.find("rtx-4090")
+    assert turing.gpu is not None
+    turing = replace(turing, name="turing", gpu=replace(turing.gpu, compute_capability=75))
+    request = BuildRequest(turing, source.inputs, (1, 8, 32))
+    with pytest.raises(CompilationError, match="FP32 GEMM is not supported"):
+        tensorrt_rtx.build(source.model, request)
+
+
+def test_an_unknown_lowering() -> None:
+    with pytest.raises(InputError, match="Unknown lowering 'wide'"):
+        compile(graph(), "rtx-4090", options=CompileOptions(lowering="wide"))
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingDependencyError, match="rtx"):
+        compile(graph(), "rtx-4090")
+
+
+def test_equal_graphs_are_recorded_alike() -> None:
+    first, second = (built("fp16", "rtx-4090") for _ in range(2))
+    golden = [engine.programs["main"].golden for engine in (first, second)]
+    for name, array in golden[0].outputs.items():
+        np.testing.assert_array_equal(array, golden[1].outputs[name])
