@@ -309,8 +309,12 @@ class Torch:
         self.biases = [bias.half() for bias in heads.biases]
         self.function = self._concatenated
         if how == "compiled":  # with Triton's GEMMs, where they are faster than cuBLAS's
-            mode = "max-autotune-no-cudagraphs"
-            self.function = torch.compile(self._concatenated, mode=mode)
+            # Of all sides one code object: without a reset later shapes would silently run eager.
+            torch._dynamo.reset()
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            self.function = torch.compile(
+                self._concatenated, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True
+            )
 
     def run(self, copy: int) -> tuple[torch.Tensor, ...]:
         """See `Work`."""

@@ -168,9 +168,25 @@ def grouped_linear(
                 f"Here it is float32 {list(shape)}: one for each head and output.",
                 "Reshape or cast it.",
             )
+    for tensor in (x_scale, y_scale):
+        if tensor is not None and (
+            tensor.numel() not in (1, heads) or tensor.dtype != torch.float32
+        ):
+            raise InputError(
+                f"A scale of shape {list(tensor.shape)} in {tensor.dtype}.",
+                f"It is float32, one number or one for each of {heads} heads.",
+                "Reshape or cast it.",
+            )
+    for tensor in (weight.weight, *tensors):
+        if tensor is not None and tensor.device != x.device:
+            raise InputError(
+                f"x is on {x.device}, and weights, bias or a scale on {tensor.device}.",
+                "One launch reads memory of one device.",
+                "Pack with device=x.device, and move the rest there.",
+            )
     result: torch.Tensor = torch.ops.hydra.grouped_linear(
         x.contiguous(),
-        weight.weight,
+        weight.weight.contiguous(),
         *(None if tensor is None else tensor.contiguous() for tensor in tensors),
         weight.kind,
         weight.outputs,
@@ -284,8 +300,8 @@ def _(
         activation=ACTIVATIONS.index(activation),
     )
     arguments = kernels.LinearArguments(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
+        x=kernels.address(x),
+        weight=kernels.address(weight),
         weight_scale=kernels.address(weight_scale),
         group_scale=kernels.address(group_scale),
         bias=kernels.address(bias),
@@ -326,8 +342,8 @@ def _(
     logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     heads, batch, classes = logits.shape
-    mean = torch.empty((batch, classes), device=logits.device)
-    rows = [torch.empty(batch, device=logits.device) for _ in range(4)]
+    mean = torch.empty((batch, classes), dtype=torch.float32, device=logits.device)
+    rows = [torch.empty_like(mean[:, 0]) for _ in range(4)]
     outputs = kernels.SummaryOutputs(mean.data_ptr(), *(row.data_ptr() for row in rows))
     shape = kernels.SummaryShape(
         kernels.SUMMARIES.index("softmax"), heads, batch, classes, _TORCH[logits.dtype]

@@ -117,6 +117,12 @@ hydra_status check_linear_config(const hydra_linear_shape& s, const hydra_linear
                    "row_warps=%d by k_warps=%d. A block has 1 to %d warps. Ask hydra_choose_linear.",
                    c.row_warps, c.k_warps, kWarps);
   }
+  const int warps = c.row_warps * c.k_warps;
+  if (s.summary != HYDRA_NO_SUMMARY && (warps & (warps - 1)) != 0) {
+    return failure(HYDRA_UNSUPPORTED,
+                   "A summary behind %d warps. It is shared out in powers of 2. Ask "
+                   "hydra_choose_linear.", warps);
+  }
   if (staged_bytes(c) > kSharedWithoutOptIn) {
     return failure(HYDRA_UNSUPPORTED,
                    "A configuration that needs %d bytes of shared memory. %d are at hand. Take fewer "

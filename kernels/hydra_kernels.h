@@ -80,7 +80,8 @@ typedef struct {
   int32_t row_tiles;      /* outputs per warp, in 16: 1 or 2 */
   int32_t row_warps;      /* warps side by side */
   int32_t k_warps;        /* warps along K */
-  int32_t overlap;        /* 1: programmatic dependent launch, from 9.0 on; else ignored */
+  int32_t overlap;        /* 1: programmatic dependent launch, from 9.0 on; else ignored.
+                             Weights and their scales are then not what the previous kernel writes */
   int32_t prefer_library; /* 1: a library's GEMM is likely faster at this shape */
   int32_t prefer_summary_alone; /* 1: hydra_ensemble_summary in a launch of its own likely is */
 } hydra_linear_config;

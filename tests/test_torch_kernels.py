@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from hydra_edge import kernels
-from hydra_edge.errors import InputError, MissingDependencyError
+from hydra_edge import kernels, torch_kernels
+from hydra_edge.errors import InputError
 from hydra_edge.ops.ensemble_summary import reference_classification
 from hydra_edge.torch_kernels import KINDS, ensemble_summary, grouped_linear, pack
+from kernels import gpu
 
 # Largest error of a rounded weight, relative to the largest weight of its column.
 STEP = {"fp16": 2**-11, "bf16": 2**-8, "int8": 0.5 / 127, "int4": 0.5 / 6.5}
@@ -96,19 +99,23 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"x in torch\.bfloat16 for int4 weights"):
         grouped_linear(x.bfloat16(), pack(weight, "int4"))
     grouped_linear(x.bfloat16(), pack(weight, "int4", bfloat16=True))
+    with pytest.raises(InputError, match=r"A scale of shape \[2\]"):
+        grouped_linear(x.half(), packed, x_scale=torch.ones(2))
+    elsewhere = replace(packed, weight=packed.weight.to("meta"))
+    with pytest.raises(InputError, match="x is on cpu, and weights"):
+        grouped_linear(x.half(), elsewhere)
     with pytest.raises(InputError, match=r"Logits of shape \[2, 3\]"):
         ensemble_summary(torch.ones(2, 3))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_gpu_against_cpu(kind: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
-    try:
-        kernels.load()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
+def test_gpu_against_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason, path = gpu.missing(), gpu.library_path()
+    if reason or path is None:
+        pytest.skip(reason or "no library")
+    library = kernels.Library(path)
+    monkeypatch.setattr(torch_kernels, "_library", lambda: library)
     x, weight, bias = layer(8, 9, 256, 100)
     x = of_kind(x, kind)
     expected = grouped_linear(x, pack(weight, kind), bias)

@@ -81,6 +81,11 @@ T read_input(const T* p, emulator::Where where = emulator::Where::here()) {
 }
 
 template <class T>
+T read_activation(const T* p, emulator::Where where = emulator::Where::here()) {
+  return read_input(p, where);
+}
+
+template <class T>
 T read_fresh(const T* p, emulator::Where where = emulator::Where::here()) {
   emulator::machine.global.read(p, sizeof(T), emulator::Read::fresh, where);
   return emulator::load(p);

@@ -122,7 +122,8 @@ class ChainBlock {
 
   HYDRA_DEVICE Activations<Format> input_of(int l) const {
     const ChainLayer& layer = p_.layer[l];
-    const float scale = Format::kXBytes == 1 ? layer.epilogue.x_scale.of(head_) : 1.0f;
+    // That of x itself is read after the previous kernel: see `read_x`.
+    const float scale = Format::kXBytes == 1 && l > 0 ? layer.epilogue.x_scale.of(head_) : 1.0f;
     return {shared_ + (l % 2 ? p_.odd_offset : 0), row_stride<Format>(k_tiles(layer.inputs)), scale,
             1.0f / scale};
   }
@@ -158,6 +159,7 @@ class ChainBlock {
 
   // x into shared memory; rows that do not exist and what is missing to a full tile are 0.
   HYDRA_DEVICE void read_x(const Activations<Format>& in) {
+    const float scale = Format::kXBytes == 1 ? p_.layer[0].epilogue.x_scale.of(head_) : 1.0f;
     const int inputs = p_.layer[0].inputs, padded = k_tiles(inputs) * Format::kDepth;
     const int64_t first = (int64_t(head_) * p_.x_per_head * p_.batch + first_b_) * inputs;
     constexpr int per_chunk = 16 / Format::kXBytes;
@@ -171,7 +173,7 @@ class ChainBlock {
         const int b = i / chunks, k = i % chunks * per_chunk;
         uint4 v = make_uint4(0, 0, 0, 0);
         if (b < here_ && k < inputs) {
-          v = read_input(reinterpret_cast<const uint4*>(x + (int64_t(b) * inputs + k) * Format::kXBytes));
+          v = read_activation(reinterpret_cast<const uint4*>(x + (int64_t(b) * inputs + k) * Format::kXBytes));
         }
         write_shared(reinterpret_cast<uint4*>(in.rows + b * in.stride + chunk_position<Format>(k)), v);
       }
@@ -183,15 +185,15 @@ class ChainBlock {
       const bool exists = b < here_ && k < inputs;
       const int64_t from = first + int64_t(b) * inputs + k;
       if (Format::kXBytes == 1 && p_.x_quantized) {
-        write_shared(to, exists ? read_input(static_cast<const uint8_t*>(p_.x) + from) : uint8_t(0));
+        write_shared(to, exists ? read_activation(static_cast<const uint8_t*>(p_.x) + from) : uint8_t(0));
         continue;
       }
-      const uint16_t bits = exists ? read_input(static_cast<const uint16_t*>(p_.x) + from) : uint16_t(0);
+      const uint16_t bits = exists ? read_activation(static_cast<const uint16_t*>(p_.x) + from) : uint16_t(0);
       if (Format::kXBytes == 2) {
         write_shared(reinterpret_cast<uint16_t*>(to), bits);
       } else {
         const float v = p_.x_real == Real::kBfloat ? bfloat_to_float(bits) : half_to_float(bits);
-        write_shared(reinterpret_cast<int8_t*>(to), int8_t(quantized(v, in.scale, in.inverse)));
+        write_shared(reinterpret_cast<int8_t*>(to), int8_t(quantized(v, scale, 1.0f / scale)));
       }
     }
   }

@@ -32,7 +32,7 @@ class AlignedX {
     const int t = thread_index() % 4;
     const int chunk = (tile * 4 + t) * Format::kUnits + unit_chunk<Format>(u, t);
     const uint8_t* from = rows_ + uint32_t(chunk * 16) + offset_[n];
-    return read_input(reinterpret_cast<const uint4*>(from));
+    return read_activation(reinterpret_cast<const uint4*>(from));
   }
 
  private:
@@ -78,8 +78,8 @@ class UnalignedX {
 
  private:
   HYDRA_DEVICE static uint32_t element(const uint8_t* chunk, int i) {
-    if constexpr (Format::kXBytes == 1) return read_input(chunk + i);
-    return read_input(reinterpret_cast<const uint16_t*>(chunk) + i);
+    if constexpr (Format::kXBytes == 1) return read_activation(chunk + i);
+    return read_activation(reinterpret_cast<const uint16_t*>(chunk) + i);
   }
 
   const uint8_t* rows_;

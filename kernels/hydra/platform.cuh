@@ -76,6 +76,13 @@ HYDRA_DEVICE T read_input(const T* p) {
   return __ldg(p);
 }
 
+// What the previous kernel wrote, after `wait_for_previous_kernel`: no read-only load, for with
+// programmatic dependent launch it was still being written when this kernel began.
+template <class T>
+HYDRA_DEVICE T read_activation(const T* p) {
+  return *p;
+}
+
 // Global memory that other blocks of this kernel wrote: past L1.
 template <class T>
 HYDRA_DEVICE T read_fresh(const T* p) {
@@ -242,14 +249,27 @@ struct Launch {
   cudaStream_t stream;
 };
 
-// Enqueues; no allocation, no synchronisation. The one thing it sets once per kernel and device is
-// the opt-in to more than 48 KB of shared memory, which stream capture allows.
+// Enqueues; no allocation, no synchronisation. More than 48 KB of shared memory need an opt-in, which
+// stream capture allows: always to all that a block can have, so that threads cannot disagree.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Parameters... values) {
   if (how.shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes));
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) return error;
+  }
+  bool overlap = how.overlap;
+  if (overlap) {  // code for an older architecture, compiled at load, does not wait
+    cudaFuncAttributes attributes{};
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    overlap = attributes.ptxVersion >= 90;
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -260,7 +280,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Parameters.
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
   config.attrs = &attribute;
-  config.numAttrs = how.overlap ? 1 : 0;
+  config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, values...);
 }
 

@@ -7,6 +7,7 @@ it, or into an input, is found out after the launch.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from hydra_edge import kernels
 from kernels.emulation import CONSTANT, INPUT, UNINITIALISED, Array
 
-GUARD = 1024
+# Under compute-sanitizer 0, and an allocation for each array: it then sees each byte out of bounds.
+GUARD = int(os.environ.get("HYDRA_GUARD_BYTES", "1024"))
 GUARD_BYTE = 0xA5
 ROOT = Path(__file__).parents[2]
 
@@ -35,10 +37,12 @@ def missing() -> str | None:
 
 
 def library_path() -> Path | None:
-    """The library in build/, newest first, or the installed one."""
-    built = sorted(ROOT.glob("build/*/libhydra_kernels.so"), key=lambda path: -path.stat().st_mtime)
+    """HYDRA_KERNELS_LIBRARY, or what was built for this GPU or for all, or the installed one."""
+    given = os.environ.get("HYDRA_KERNELS_LIBRARY")
+    built = [ROOT / "build" / preset / "libhydra_kernels.so" for preset in ("dev", "all")]
     installed = Path(kernels.__file__).with_name("libhydra_kernels.so")
-    return next((path for path in [*built, installed] if path.exists()), None)
+    candidates = [Path(given)] if given else [*built, installed]
+    return next((path for path in candidates if path.exists()), None)
 
 
 @dataclass
@@ -127,7 +131,7 @@ class Gpu:
         if self.where == "cuda":
             torch.cuda.synchronize()
         for region in self.regions:
-            guards = torch.cat([region.room[:GUARD], region.room[-GUARD:]])
+            guards = torch.cat([region.room[:GUARD], region.room[GUARD + region.host.nbytes :]])
             assert bool((guards == GUARD_BYTE).all()), f"written outside of {region.name}"
             found = region.bytes.cpu().numpy()
             if region.kind in (CONSTANT, INPUT):

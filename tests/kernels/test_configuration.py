@@ -173,6 +173,13 @@ def test_configurations_that_do_not_exist(
         emulator.library.group_linear(linear(), LinearArguments(), config)
 
 
+def test_a_summary_is_shared_out_in_powers_of_2(emulator: Emulator) -> None:
+    with pytest.raises(CompilationError, match="A summary behind 3 warps"):
+        emulator.library.group_linear(
+            linear(summary=1), LinearArguments(), LinearConfig(1, 1, 3, 1)
+        )
+
+
 def test_missing_pointers_are_named(emulator: Emulator) -> None:
     x = 4096  # never read
     cases = [

@@ -128,7 +128,7 @@ class Case:
             weight_scale=machine.array(self.weight_scale, "weight_scale"),
             group_scale=machine.array(self.group_scale, "group_scale"),
             bias=machine.array(self.bias, "bias"),
-            x_scale=machine.array(self.x_scale, "x_scale"),
+            x_scale=machine.array(self.x_scale, "x_scale", INPUT),
             x_scale_per_head=int(self.x_scale is not None and len(self.x_scale) > 1),
             y=address,
             y_scale=machine.array(self.y_scale, "y_scale"),

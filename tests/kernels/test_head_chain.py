@@ -21,7 +21,7 @@ from hydra_edge.kernels import (
 )
 from hydra_edge.ops import packing
 from hydra_edge.ops.ensemble_summary import CLASSIFICATION_OUTPUTS, reference_classification
-from kernels.emulation import INPUT, OUTPUT, Array, Machine
+from kernels.emulation import CONSTANT, INPUT, OUTPUT, Array, Machine
 from kernels.test_group_linear import ACTIVATIONS, DTYPES, VARIANTS
 
 GELU, RELU = 2, 1
@@ -113,7 +113,9 @@ class Chain:
             arrays = {"weight": packing.pack(layer["weight"])}
             arrays |= {name: values for name, values in layer.items() if name != "weight"}
             pointers = {
-                name: machine.array(values, f"layer {number} {name}")
+                name: machine.array(
+                    values, f"layer {number} {name}", INPUT if name == "x_scale" else CONSTANT
+                )
                 for name, values in arrays.items()
             }
             layers.append(ChainLayer(**pointers, x_scale_per_head=int(self.integer), epsilon=1e-5))
@@ -182,6 +184,6 @@ def test_with_its_summary(machine: Machine) -> None:
 
 
 def test_a_chain_too_wide_for_shared_memory_says_so(machine: Machine) -> None:
-    chain = Chain("fp16", 1, 1, (6000, 6000, 2))
+    chain = Chain("fp16", 1, 1, (20000, 20000, 2))
     with pytest.raises(CompilationError, match="Launch one hydra_group_linear per layer"):
         machine.library.choose_chain(chain.shape(), machine.library.device())
