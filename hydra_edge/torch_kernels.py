@@ -343,7 +343,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     heads, batch, classes = logits.shape
     mean = torch.empty((batch, classes), dtype=torch.float32, device=logits.device)
-    rows = [torch.empty_like(mean[:, 0]) for _ in range(4)]
+    rows = [torch.empty(batch, dtype=torch.float32, device=logits.device) for _ in range(4)]
     outputs = kernels.SummaryOutputs(mean.data_ptr(), *(row.data_ptr() for row in rows))
     shape = kernels.SummaryShape(
         kernels.SUMMARIES.index("softmax"), heads, batch, classes, _TORCH[logits.dtype]
