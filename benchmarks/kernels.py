@@ -19,6 +19,7 @@ Without a GPU it writes that nothing was measured, and why.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -158,7 +159,7 @@ def measure(library: kernels.Library, shape: Shape, batch: int, machine: dict[st
     for work in works:
         runs = max(work.copies, 64)
         cold.capture(work.name, lambda i, work=work: work.run(i % work.copies), runs)
-        warm.capture(work.name, lambda _, work=work: work.run(0), runs)
+        warm.capture(work.name, lambda _, work=work: work.run(0), 64)
     times = {"cold": cold.measure(), "warm": warm.measure()}
     row: dict[str, Any] = {"shape": asdict(shape), "batch": batch, "sides": []}
     for work in works:
@@ -327,6 +328,7 @@ def main() -> int:
             continue
         for batch in shape.rows:
             record["rows"].append(measure(library, shape, batch, record["machine"]))
+            gc.collect()  # a compiled function and its weights refer to each other
             torch.cuda.empty_cache()
             record["targets"] = targets(record["rows"])
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")

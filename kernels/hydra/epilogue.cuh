@@ -31,7 +31,7 @@ struct HeadScale {
   int per_head;  // 0 or 1
 
   HYDRA_DEVICE float of(int head) const {
-    return values ? read_input(values + head * per_head) : 1.0f;
+    return values ? read_activation(values + head * per_head) : 1.0f;
   }
 };
 

@@ -22,8 +22,8 @@ from hydra_edge import kernels
 from kernels.emulation import CONSTANT, INPUT, UNINITIALISED, Array
 
 # Under compute-sanitizer 0, and an allocation for each array: it then sees each byte out of bounds.
-GUARD = int(os.environ.get("HYDRA_GUARD_BYTES", "1024"))
-GUARD_BYTE = 0xA5
+GUARD = int(os.environ.get("HYDRA_GUARD_BYTES", "1040"))
+GUARD_BYTE = 0xFF  # NaN in every float: what is read out of bounds shows
 ROOT = Path(__file__).parents[2]
 
 
