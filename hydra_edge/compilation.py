@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from hydra_edge import backends, equivalence, lowering, targets
 from hydra_edge.artifacts.arrays import check_arrays
 from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph, TensorSpec
-from hydra_edge.backends import Backend, BuildRequest, onnxruntime
+from hydra_edge.backends import Backend, BuildRequest
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import CompilationError, InputError
 from hydra_edge.precision import Precision
@@ -90,8 +90,8 @@ def compile(
     options = options or CompileOptions()
     options = options if batch is None else replace(options, batch=batch)
     row = targets.find(target)
-    if row.backend not in backends.names():
-        built = [one.name for one in targets.TARGETS if one.backend in backends.names()]
+    if not backends.build_for(row):
+        built = [one.name for one in targets.TARGETS if backends.build_for(one)]
         raise CompilationError(
             f"This version of hydra-edge builds no engines for '{row.name}'.",
             f"That takes the backend '{row.backend}'; it builds for: {', '.join(built)}.",
@@ -107,13 +107,11 @@ def compile(
     )
     record = Golden(feeds, evaluate(graph.model, feeds), equivalence.tolerance_of(graph.model))
     request = BuildRequest(row, graph.inputs, options.batch)
-    if backend.cannot_run(request):
-        best, payload = _build_unseen(graph, unfused, backend, request, options, record)
-        candidates, timings = {best: payload}, {}
-    else:
-        candidates = _candidates(graph, unfused, backend, request, options, record)
-        timings = _time(candidates, graph.inputs, backend, options)
-        best = _choose(timings)
+    sources = _sources(graph, unfused, backend, options)
+    build = _candidates if backend.RUNS_HERE else _build_unseen
+    candidates = build(sources, backend, request, options, record)
+    timings = _time(candidates, graph.inputs, backend, options) if backend.RUNS_HERE else {}
+    best = _choose(timings) if timings else next(iter(candidates))
     program = Program(
         inputs=graph.inputs,
         outputs=graph.outputs,
@@ -178,93 +176,99 @@ def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, 
     return (fixed.pop(),) * 3 if fixed else wanted
 
 
-def _candidates(
-    graph: Graph,
-    unfused: Graph | None,
-    backend: Backend,
-    request: BuildRequest,
-    options: CompileOptions,
-    record: Golden,
-) -> dict[str, bytes]:
-    """Built payloads by lowering; each reproduces the graph on the recorded batch."""
+def _sources(
+    graph: Graph, unfused: Graph | None, backend: Backend, options: CompileOptions
+) -> list[tuple[str, Graph]]:
+    """What is worth building, by lowering: of ``graph``, and last the unfused one."""
     names = backend.LOWERINGS if lowering.has_heads(graph) else backend.LOWERINGS[:1]
     fused = any(group.fused for group in graph.fusion)
     if unfused is not None and fused and _same_interface(unfused, graph):
         names = (*names, UNFUSED)
     if options.lowering:
         names = (options.lowering,)
-    payloads = {}
-    errors = {}
-    for name in names:
-        source, how = (graph, name) if name != UNFUSED else (unfused, backend.LOWERINGS[0])
-        if source is None:
-            raise InputError(
-                f"The lowering '{UNFUSED}' was asked for.",
-                "It needs the graph before fusion, which was not given.",
-                "Pass unfused=…, or compile the unfused graph itself.",
-            )
-        payload = backend.build(lowering.lower(source, how).model, request)
-        runner = backend.open(payload, options.threads)
-        errors[name] = equivalence.replay(runner, record)
-        runner.close()
-        if errors[name] <= record.tolerance:
-            payloads[name] = payload
-    if not payloads:
-        found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
-        raise CompilationError(
-            f"No lowering reproduces the graph: {found} (relative RMS).",
-            f"Up to {record.tolerance:g} is rounding.",
-            "Please report the graph; its unfused form compiles without grouped ops.",
-        )
-    return payloads
-
-
-def _build_unseen(
-    graph: Graph,
-    unfused: Graph | None,
-    backend: Backend,
-    request: BuildRequest,
-    options: CompileOptions,
-    record: Golden,
-) -> tuple[str, bytes]:
-    """The first lowering that the backend takes; what it computes is judged by ONNX Runtime.
-
-    Nothing is timed: the program does not run here. The unfused graph is tried last.
-    """
-    sources = [(name, graph, name) for name in backend.LOWERINGS]
-    if unfused is not None and _same_interface(unfused, graph):
-        sources.append((UNFUSED, unfused, backend.LOWERINGS[0]))
-    if options.lowering:
-        sources = [source for source in sources if source[0] == options.lowering]
-    refusals = []
-    for name, source, how in sources:
-        try:
-            lowered = lowering.lower(source, how)
-            payload = backend.build(lowered.model, request)
-        except CompilationError as error:
-            refusals.append(error)
-            continue
-        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
-        ours = lowering.lower(lowered, onnxruntime.LOWERINGS[0])
-        judge = onnxruntime.open(onnxruntime.build(ours.model), options.threads)
-        difference = equivalence.replay(judge, record)
-        judge.close()
-        if difference <= record.tolerance:
-            return name, payload
-        refusals.append(
-            CompilationError(
-                f"The lowering '{name}' is off by {difference:.2g} (relative RMS).",
-                f"Up to {record.tolerance:g} is rounding.",
-                "Please report the graph.",
-            )
-        )
-    if not refusals:
+    if not set(names) <= {*backend.LOWERINGS, UNFUSED}:
         raise InputError(
             f"Unknown lowering '{options.lowering}'.",
             f"For this target there are: {', '.join(backend.LOWERINGS)}.",
             "Pick one of those, or leave it out.",
         )
-    raise refusals[-1]
+    if unfused is None and UNFUSED in names:
+        raise InputError(
+            f"The lowering '{UNFUSED}' was asked for.",
+            "It needs the graph before fusion, which was not given.",
+            "Pass unfused=…, or compile the unfused graph itself.",
+        )
+    return [(name, unfused if name == UNFUSED and unfused else graph) for name in names]
+
+
+def _lowered(name: str, source: Graph, backend: Backend) -> Graph:
+    return lowering.lower(source, backend.LOWERINGS[0] if name == UNFUSED else name)
+
+
+def _error(payload: bytes, backend: Backend, options: CompileOptions, record: Golden) -> float:
+    runner = backend.open(payload, options.threads)
+    error = equivalence.replay(runner, record)
+    runner.close()
+    return error
+
+
+def _candidates(
+    sources: Sequence[tuple[str, Graph]],
+    backend: Backend,
+    request: BuildRequest,
+    options: CompileOptions,
+    record: Golden,
+) -> dict[str, bytes]:
+    """Built payloads by lowering; each reproduces the graph on the recorded batch."""
+    payloads = {}
+    errors = {}
+    for name, source in sources:
+        payload = backend.build(_lowered(name, source, backend).model, request)
+        errors[name] = _error(payload, backend, options, record)
+        if errors[name] <= record.tolerance:
+            payloads[name] = payload
+    if not payloads:
+        raise _unlike(errors, record)
+    return payloads
+
+
+def _build_unseen(
+    sources: Sequence[tuple[str, Graph]],
+    backend: Backend,
+    request: BuildRequest,
+    options: CompileOptions,
+    record: Golden,
+) -> dict[str, bytes]:
+    """The first lowering that the backend takes; what it computes is judged by ONNX Runtime.
+
+    Nothing is timed: the program does not run here.
+    """
+    refusal = None
+    for name, source in sources:
+        try:
+            lowered = _lowered(name, source, backend)
+            payload = backend.build(lowered.model, request)
+        except CompilationError as refused:
+            refusal = refused
+            continue
+        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
+        judge = backends.find("onnxruntime")
+        ours = lowering.lower(lowered, judge.LOWERINGS[0])
+        error = _error(judge.build(ours.model, request), judge, options, record)
+        if error <= record.tolerance:
+            return {name: payload}
+        refusal = _unlike({name: error}, record)
+    assert refusal is not None, "there is a source at least"
+    raise refusal
+
+
+def _unlike(errors: Mapping[str, float], record: Golden) -> CompilationError:
+    found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+    return CompilationError(
+        f"No lowering reproduces the graph: {found} (relative RMS).",
+        f"Up to {record.tolerance:g} is rounding.",
+        "Please report the graph; its unfused form compiles without grouped ops.",
+    )
 
 
 def _choose(timings: Mapping[str, float]) -> str:

@@ -209,7 +209,7 @@ def describe_environment() -> tuple[Rows, bool]:
         "compiles for": [
             f"{t.name} ({', '.join(t.precisions)})"
             for t in targets.TARGETS
-            if t.backend in backends.names()
+            if backends.build_for(t)
         ],
     }
     healthy = True
@@ -282,10 +282,8 @@ def describe_plan(plan: Plan) -> Rows:
             f"{plan.heads} members of one body and one head each: "
             f"{_quantity(plan.ensemble_flops_per_sample)}FLOP per sample, {ratio:.3g} times as many"
         )
-    elsewhere = target.is_jetson or target.backend == "tensorrt"
-    where = "on the device itself: an engine fits the GPU it was built on" if elsewhere else "here"
     rows["engine"] = (
-        f"is built {where}"
+        "is built on this machine"
         if plan.buildable
         else f"not built by this version, which has no backend '{target.backend}'"
     )
@@ -306,7 +304,7 @@ def targets_table() -> Table:
             f"{gpu.memory_gb:g} GB, {gpu.bandwidth_gb_s:g} GB/s" if gpu else "",
             ", ".join(target.precisions),
             ", ".join(one.name for one in target.software),
-            "compile" if target.backend in backends.names() else "plan only",
+            "compile" if backends.build_for(target) else "plan only",
         )
     return lines
 

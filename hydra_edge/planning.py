@@ -140,7 +140,7 @@ def plan(graph: Graph, target: str, *, batches: Sequence[int] = BATCHES) -> Plan
         flops_per_sample=total.flops_per_sample,
         ensemble_flops_per_sample=flops,
         precisions=tuple(plans),
-        buildable=row.backend in backends.names(),
+        buildable=backends.build_for(row),
     )
 
 

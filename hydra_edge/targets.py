@@ -92,11 +92,6 @@ class Target:
     gpu: Gpu | None = None
     software: tuple[Software, ...] = ()
 
-    @property
-    def is_jetson(self) -> bool:
-        """Whether CPU and GPU share the memory, and engines are built on the device itself."""
-        return self.name.startswith("jetson-")
-
 
 _INTEGERS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 _AND_FP8 = (*_INTEGERS, "fp8")

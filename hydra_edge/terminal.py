@@ -130,20 +130,6 @@ def parse_integers(text: str, option: str) -> tuple[int, ...]:
         ) from exc
 
 
-def parse_batches(text: str) -> tuple[int, ...]:
-    """``"1,8,32"`` as numbers.
-
-    Raises:
-        InputError: One of them is none.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"Batches '{text}'.", "They are whole numbers with commas.", "Write for example 1,8,32."
-        ) from None
-
-
 def parse_compile_options(batch: str, threads: int | None, lowering: str | None) -> CompileOptions:
     """The options of `compile` that the command line spells its own way."""
     from hydra_edge.compilation import CompileOptions

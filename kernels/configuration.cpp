@@ -27,11 +27,6 @@ constexpr int kMaxInputs = 1 << 24;        // offsets within 64 rows of x have 3
 constexpr int kMaxGridYZ = 65535;
 constexpr int kMaxHeads = 3000;  // a summary keeps 16 bytes per head in 48 KB of shared memory
 
-int staged_bytes(const hydra_linear_config& c) {
-  const int rows = 16 * c.row_tiles * c.row_warps;
-  return c.k_warps * 8 * c.batch_tiles * (rows + 4) * 4;
-}
-
 int blocks_of(const hydra_linear_shape& s, const hydra_linear_config& c) {
   return divided_up(s.outputs, 16 * c.row_tiles * c.row_warps) * s.heads *
          divided_up(s.batch, 8 * c.batch_tiles);
@@ -41,6 +36,11 @@ const char* kTypes[] = {"float32", "float16", "bfloat16", "int8", "int4"};
 const char* type_name(int type) { return type >= 0 && type <= 4 ? kTypes[type] : "unknown"; }
 
 }  // namespace
+
+int staged_bytes(const hydra_linear_config& c) {
+  const int rows = 16 * c.row_tiles * c.row_warps;
+  return c.k_warps * 8 * c.batch_tiles * (rows + 4) * 4;
+}
 
 hydra_status check_linear(const hydra_linear_shape& s, int compute_capability) {
   if (s.heads < 1 || s.batch < 1 || s.inputs < 1 || s.outputs < 1) {

@@ -48,6 +48,9 @@ inline int power_of_2_up(int n) {
   return p;
 }
 
+// Shared memory of the sums of a block.
+int staged_bytes(const hydra_linear_config& config);
+
 hydra_status check_linear(const hydra_linear_shape& shape, int compute_capability);
 hydra_status check_linear_config(const hydra_linear_shape& shape, const hydra_linear_config& config);
 hydra_status check_summary(const hydra_summary_shape& shape);

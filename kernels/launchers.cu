@@ -30,10 +30,6 @@ hydra_status finished(cudaError_t error) {
                  cudaGetErrorString(error));
 }
 
-bool overlaps(int wanted, const hydra_device& device) {
-  return wanted != 0 && device.compute_capability >= 90;
-}
-
 hydra_status missing(const char* what) {
   return failure(HYDRA_INVALID, "%s is NULL. The kernel would read or write it. Pass a device pointer.",
                  what);
@@ -111,11 +107,11 @@ hydra_status hydra_query_device(hydra_device* device) {
 size_t hydra_linear_shared_bytes(const hydra_linear_shape* shape, const hydra_linear_config* config) {
   const hydra_linear_shape& s = *shape;
   const hydra_linear_config& c = *config;
-  const int threads = 32 * c.row_warps * c.k_warps, batch_rows = 8 * c.batch_tiles;
-  const int staged = c.k_warps * batch_rows * staged_stride(16 * c.row_tiles * c.row_warps) * 4;
-  if (s.summary == HYDRA_NO_SUMMARY) return staged;
-  const int rows = summary_behind(s.heads, s.outputs, std::min(batch_rows, s.batch), threads).rows;
-  return std::max(staged, summary_shared_bytes(rows, s.heads, threads));
+  if (s.summary == HYDRA_NO_SUMMARY) return staged_bytes(c);
+  const int threads = 32 * c.row_warps * c.k_warps;
+  const int rows =
+      summary_behind(s.heads, s.outputs, std::min(8 * c.batch_tiles, s.batch), threads).rows;
+  return std::max(staged_bytes(c), summary_shared_bytes(rows, s.heads, threads));
 }
 
 hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_linear_config* config,
@@ -170,7 +166,7 @@ hydra_status hydra_group_linear(const hydra_linear_shape* shape, const hydra_lin
     p.counters = a.counters;
   }
   const dim3 grid(divided_up(s.batch, batch_rows), divided_up(s.outputs, rows), s.heads);
-  const Launch how = {grid, threads, hydra_linear_shared_bytes(shape, &c), overlaps(c.overlap, device),
+  const Launch how = {grid, threads, hydra_linear_shared_bytes(shape, &c), c.overlap != 0,
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(linear_kernel(variant, c.batch_tiles, c.row_tiles), how, p));
 }
@@ -376,7 +372,7 @@ hydra_status hydra_head_chain(const hydra_chain_shape* shape, const hydra_chain_
     p.counters = a.counters;
   }
   const dim3 grid(divided_up(s.batch, batch_rows), c.slices, s.heads);
-  const Launch how = {grid, threads, hydra_chain_shared_bytes(shape, &c), overlaps(c.overlap, device),
+  const Launch how = {grid, threads, hydra_chain_shared_bytes(shape, &c), c.overlap != 0,
                       static_cast<cudaStream_t>(stream)};
   return finished(launch(chain_kernel(variant, c.batch_tiles), how, p));
 }

@@ -403,7 +403,7 @@ def test_plan(files: Path) -> None:
     assert "no rate" in shown.output
     bad = hydra("plan", files / "student.onnx", "--target", "l4", "--batch", "1,many")
     assert bad.exit_code == 1
-    assert "Batches '1,many'" in bad.stderr
+    assert "--batch is '1,many'" in bad.stderr
 
 
 def test_a_target_without_a_backend(files: Path, tmp_path: Path) -> None:

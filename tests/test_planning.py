@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
+from onnx_models import mlp_heads
+from rich.console import Console
 
 import hydra_edge as he
-from hydra_edge import inspection, planning, targets
+from hydra_edge import inspection, targets
 from hydra_edge.errors import DeviceMismatchError, InputError
 from hydra_edge.planning import plan
 
@@ -16,30 +20,7 @@ M, K, H, C = 4, 256, 512, 10
 
 def student() -> he.Graph:
     """A body K -> K and M heads K -> H -> C, which an exporter stacks."""
-    rng = np.random.default_rng(0)
-    weights = {"w": (K, K), "b": (K,)}
-    lines = ["f = Gemm(input, w, b)", "r = Relu(f)"]
-    for m in range(M):
-        lines += [
-            f"h{m} = Gemm(r, w{m}, b{m})",
-            f"a{m} = Relu(h{m})",
-            f"l{m} = Gemm(a{m}, v{m}, c{m})",
-            f"u{m} = Unsqueeze(l{m}, axes)",
-        ]
-        weights |= {f"w{m}": (K, H), f"b{m}": (H,), f"v{m}": (H, C), f"c{m}": (C,)}
-    lines.append(f"head_logits = Concat <axis = 0> ({', '.join(f'u{m}' for m in range(M))})")
-    text = (
-        '<ir_version: 8, opset_import: ["" : 18]>\n'
-        f"g (float[batch,{K}] input) => (float[{M},batch,{C}] head_logits)\n{{\n"
-        + "\n".join(lines)
-        + "\n}"
-    )
-    model = onnx.parser.parse_model(text)
-    for name, shape in weights.items():
-        values = rng.standard_normal(shape).astype(np.float32)
-        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "axes"))
-    return he.Graph(model)
+    return mlp_heads(M, K, (H,), C)
 
 
 BODY, HEAD = K * K, K * H + H * C  # multiply-adds
@@ -103,11 +84,21 @@ def test_a_model_without_heads_has_no_ensemble() -> None:
     assert "its ensemble" not in inspection.describe_plan(found)
 
 
-def test_what_does_not_fit() -> None:
-    huge = planning.Plan(targets.find("jetson-orin-nano"), None, (), 0, None, (), False)
-    assert not huge.buildable
-    row = planning.PrecisionPlan("fp32", 9 * 10**9, None, False, ())
-    assert not row.fits
+def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5 MB of memory are too little for the ensemble in fp32, and enough in int8."""
+    row = targets.find("jetson-orin-nano")
+    assert row.gpu is not None
+    tiny = replace(row, gpu=replace(row.gpu, memory_gb=0.0015))
+    monkeypatch.setattr(targets, "TARGETS", (tiny,))
+    found = plan(student(), "jetson-orin-nano")
+    fits = {row.precision: row.fits for row in found.precisions}
+    assert fits == {row.precision: row.ensemble_bytes <= 1_500_000 for row in found.precisions}
+    assert not fits["fp32"]
+    assert fits["int8"]
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(inspection.plan_table(found))
+    assert capture.get().count("more than the memory") == list(fits.values()).count(False)
 
 
 def test_bad_input() -> None:

@@ -52,13 +52,10 @@ class Backend(Protocol):
     """What every module in this package offers."""
 
     LOWERINGS: tuple[str, ...]
+    RUNS_HERE: bool  # whether `open` runs what `build` makes; else a program is built unseen
 
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that decide what a program does."""
-        ...
-
-    def cannot_run(self, request: BuildRequest) -> str:
-        """Why this machine cannot run what `build` makes; "" when it can."""
         ...
 
     def build(self, model: onnx.ModelProto, request: BuildRequest) -> bytes:
@@ -78,9 +75,13 @@ class Backend(Protocol):
         ...
 
 
-def names() -> tuple[str, ...]:
-    """The backends of this version."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__)))
+def build_for(target: Target) -> bool:
+    """Whether this version builds engines for a target."""
+    return target.backend in _names()
+
+
+def _names() -> list[str]:
+    return sorted(info.name for info in pkgutil.iter_modules(__path__))
 
 
 def find(name: str) -> Backend:
@@ -89,7 +90,7 @@ def find(name: str) -> Backend:
     Raises:
         DeviceMismatchError: This version has no such backend.
     """
-    known = names()
+    known = _names()
     if name not in known:
         raise DeviceMismatchError(
             f"The engine needs the backend '{name}'.",

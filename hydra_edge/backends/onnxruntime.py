@@ -23,17 +23,13 @@ Array = npt.NDArray[np.generic]
 
 # What is worth timing here: see hydra_edge/lowering.py. Which one wins depends on the shapes,
 # because ONNX Runtime prepacks the weights of Gemm but not those of a batched MatMul.
-LOWERINGS = ("grouped", "wide", "separate")
+LOWERINGS: tuple[str, ...] = ("grouped", "wide", "separate")
+RUNS_HERE = True
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide what a program does."""
     return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
-
-
-def cannot_run(request: BuildRequest) -> str:
-    """It always can."""
-    return ""
 
 
 def build(model: onnx.ModelProto, request: BuildRequest | None = None) -> bytes:

@@ -7,7 +7,6 @@ engine is built for one generation of cards; the card's own kernels are compiled
 from __future__ import annotations
 
 import importlib.metadata
-import threading
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import types
 
 LOWERINGS = ("qdq",)
+RUNS_HERE = False
 
 
 def versions() -> dict[str, str]:
@@ -29,11 +29,6 @@ def versions() -> dict[str, str]:
         "onnx": onnx.__version__,
         "tensorrt-rtx": importlib.metadata.version("tensorrt-rtx"),
     }
-
-
-def cannot_run(request: BuildRequest) -> str:
-    """Why an engine is not run on this machine."""
-    return f"this version of hydra-edge builds engines for {request.target.name}, and runs none"
 
 
 def build(model: onnx.ModelProto, request: BuildRequest) -> bytes:
@@ -74,8 +69,7 @@ def open(payload: bytes, threads: int | None) -> Runner:
     raise DeviceMismatchError(
         f"An engine of TensorRT-RTX, {len(payload)} bytes, was to be opened.",
         "This version of hydra-edge builds such engines, and runs none.",
-        "Compile the graph for 'cpu' to run it with hydra-edge, or load the program "
-        "(`hydra-edge inspect` names it) with TensorRT-RTX itself.",
+        "Compile the graph for 'cpu' to run it with hydra-edge.",
     )
 
 
@@ -83,8 +77,7 @@ class _Log:
     """What TensorRT-RTX says, kept for our exceptions."""
 
     def __init__(self, trt: types.ModuleType) -> None:
-        self.errors: list[str] = []
-        lock, errors = threading.Lock(), self.errors
+        errors: list[str] = []
         severe = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
 
         class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -93,10 +86,9 @@ class _Log:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity in severe:
-                    with lock:
-                        errors.append(message.strip())
+                    errors.append(message.strip())
 
-        self.logger = Logger()
+        self.errors, self.logger = errors, Logger()
 
 
 def _profile(builder: Any, network: Any, request: BuildRequest) -> Any:
@@ -121,7 +113,7 @@ def _refused(request: BuildRequest, said: list[str]) -> CompilationError:
     return CompilationError(
         f"TensorRT-RTX built no engine for {request.target.name}.",
         f"It said: {words}",
-        "Try --precision fp16, or see docs of TensorRT-RTX about the operator it names.",
+        "Try --precision fp16, or see what TensorRT-RTX says about the operator it names.",
     )
 
 

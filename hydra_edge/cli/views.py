@@ -32,9 +32,7 @@ def targets(as_json: JsonFlag = False) -> None:
     if not as_json:
         terminal.console_on(stderr=False).print(inspection.targets_table())
         return
-    terminal.echo_json(
-        {t.name: asdict(t) | {"buildable": t.backend in backends.names()} for t in TARGETS}
-    )
+    terminal.echo_json({t.name: asdict(t) | {"buildable": backends.build_for(t)} for t in TARGETS})
 
 
 @verb
@@ -45,19 +43,17 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Tell what a graph would be on a target: fusion, precisions, bytes and the least time."""
-    from rich.markup import escape
-
     from hydra_edge import inspection, planning
     from hydra_edge.artifacts.graph import Graph
 
-    found = planning.plan(Graph.load(graph), target, batches=terminal.parse_batches(batch))
+    found = planning.plan(
+        Graph.load(graph), target, batches=terminal.parse_integers(batch, "--batch")
+    )
     if as_json:
         terminal.echo_json(asdict(found))
         return
-    console = terminal.console_on(stderr=False)
-    console.print(f"[bold]{escape(f'{graph} on {target}')}[/]")
-    console.print(inspection.table([inspection.describe_plan(found)]))
-    console.print(inspection.plan_table(found))
+    terminal.show(inspection.describe_plan(found), as_json, title=f"{graph} on {target}")
+    terminal.console_on(stderr=False).print(inspection.plan_table(found))
 
 
 @verb

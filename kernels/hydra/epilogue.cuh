@@ -60,11 +60,6 @@ struct Split {
 
 HYDRA_HOST_DEVICE int staged_stride(int rows) { return rows + 4; }
 
-template <int NT, int RT>
-HYDRA_HOST_DEVICE int staged_bytes(const Split& split) {
-  return split.k_warps * NT * kColumns * staged_stride(split.row_warps * RT * kRows) * 4;
-}
-
 // What one split of K has to say, into shared memory.
 template <class Sum, int NT, int RT>
 HYDRA_DEVICE void stage(const Sum (&sum)[RT][NT][4], Sum* staged, const Split& split) {

@@ -265,7 +265,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, Parameters.
     if (error != cudaSuccess) return error;
   }
   bool overlap = how.overlap;
-  if (overlap) {  // code for an older architecture, compiled at load, does not wait
+  if (overlap) {  // code for less than 9.0 does not wait, on whatever device it is compiled at load
     cudaFuncAttributes attributes{};
     cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
     if (error != cudaSuccess) return error;

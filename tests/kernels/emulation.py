@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +33,13 @@ def compile_emulated(to: Path, kernels: Path = KERNELS, flags: tuple[str, ...] =
     return to
 
 
+def poison(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """What an output holds before a kernel writes it: NaN, or -86."""
+    byte = 0xAA if np.dtype(dtype) == np.int8 else 0xFF
+    values = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, byte, np.uint8)
+    return values.view(dtype).reshape(shape)
+
+
 class Emulator:
     """One emulated library, and the arrays that its kernels may touch."""
 
@@ -48,12 +54,7 @@ class Emulator:
         self.arrays = []
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.handle.hydra_emulator_clear()
 
     def array(self, values: npt.ArrayLike | None, name: str, kind: int = CONSTANT) -> int | None:
@@ -72,11 +73,8 @@ class Emulator:
         return copy.ctypes.data
 
     def output(self, shape: tuple[int, ...], dtype: npt.DTypeLike, name: str) -> tuple[int, Array]:
-        """Memory that holds NaN, or -86, until a kernel writes it."""
-        poison = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 0xFF, np.uint8)
-        if np.dtype(dtype) == np.int8:
-            poison[:] = 0xAA
-        address = self.array(poison.view(dtype).reshape(shape), name, UNINITIALISED)
+        """Memory that holds `poison` until a kernel writes it."""
+        address = self.array(poison(shape, dtype), name, UNINITIALISED)
         assert address is not None
         return address, self.arrays[-1]
 
@@ -108,4 +106,4 @@ class Machine(Protocol):
     ) -> tuple[int, Array]: ...
     def reverse(self, on: bool) -> None: ...
     def __enter__(self) -> Machine: ...
-    def __exit__(self, *error: Any) -> None: ...
+    def __exit__(self, *error: object) -> None: ...

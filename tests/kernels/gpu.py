@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from hydra_edge import kernels
-from kernels.emulation import CONSTANT, INPUT, UNINITIALISED, Array
+from kernels.emulation import CONSTANT, INPUT, UNINITIALISED, Array, poison
 
 # Under compute-sanitizer 0, and an allocation for each array: it then sees each byte out of bounds.
 GUARD = int(os.environ.get("HYDRA_GUARD_BYTES", "1040"))
@@ -90,12 +89,7 @@ class Gpu:
         self.regions = []
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.regions = []
 
     def array(self, values: npt.ArrayLike | None, name: str, kind: int = CONSTANT) -> int | None:
@@ -112,11 +106,8 @@ class Gpu:
         return room.data_ptr() + GUARD
 
     def output(self, shape: tuple[int, ...], dtype: npt.DTypeLike, name: str) -> tuple[int, Array]:
-        """Memory that holds NaN, or -86, until a kernel writes it."""
-        poison = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 0xFF, np.uint8)
-        if np.dtype(dtype) == np.int8:
-            poison[:] = 0xAA
-        address = self.array(poison.view(dtype).reshape(shape), name, UNINITIALISED)
+        """Memory that holds `poison` until a kernel writes it."""
+        address = self.array(poison(shape, dtype), name, UNINITIALISED)
         assert address is not None
         return address, self.regions[-1].host
 

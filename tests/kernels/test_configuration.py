@@ -15,13 +15,13 @@ from hydra_edge.kernels import (
     FLOAT32,
     INT4,
     INT8,
-    ChainConfig,
     ChainShape,
     Device,
     LinearArguments,
     LinearConfig,
     LinearShape,
     SummaryConfig,
+    SummaryOutputs,
     SummaryShape,
 )
 from kernels.emulation import Emulator
@@ -93,8 +93,10 @@ def test_bandwidth_that_the_model_predicts(emulator: Emulator, name: str) -> Non
             continue
         assert row["fraction"] >= min(0.7, 0.8 * row["attainable"]), row
         assert row["against_best"] <= 1.07, row
-        large += row["fraction"] >= 0.7
-    assert large > 80
+        if row["weights_mb"] >= 0.8:
+            assert row["fraction"] >= 0.7, row  # as kernels/README.md says
+            large += 1
+    assert large == 103
 
 
 def test_the_committed_prediction_is_that_of_these_kernels(emulator: Emulator) -> None:
@@ -145,7 +147,8 @@ def test_refusals(
 ) -> None:
     with pytest.raises(kind, match=says) as caught:
         emulator.library.choose_linear(linear(**changes), ORIN)
-    assert all(caught.value.args)
+    assert caught.value.why.strip(".")
+    assert caught.value.fix
     with pytest.raises(kind, match=says):
         emulator.library.group_linear(linear(**changes), LinearArguments())
 
@@ -230,17 +233,10 @@ def test_chains_and_summaries_that_do_not_exist(emulator: Emulator) -> None:
     chain.widths[1], chain.norms[1] = 32, 1
     with pytest.raises(CompilationError, match="LayerNorm behind the output layer"):
         emulator.library.choose_chain(chain, ORIN)
-    assert ChainConfig().batch_tiles == 0
     shape = SummaryShape(1, 5000, 1, 10, FLOAT32)
     with pytest.raises(CompilationError, match="5000 heads"):
         emulator.library.summary_workspace(shape, emulator.library.choose_summary(shape, ORIN))
     with pytest.raises(InputError, match="rows=0"):
         emulator.library.ensemble_summary(
-            SummaryShape(1, 5, 1, 10, FLOAT32), 4096, kernel_outputs(), SummaryConfig()
+            SummaryShape(1, 5, 1, 10, FLOAT32), 4096, SummaryOutputs(*5 * (4096,)), SummaryConfig()
         )
-
-
-def kernel_outputs() -> object:
-    from hydra_edge.kernels import SummaryOutputs
-
-    return SummaryOutputs(4096, 4096, 4096, 4096, 4096)
