@@ -40,7 +40,7 @@ from typing import Any
 
 from head_shapes import SHAPES, Shape
 
-from hydra_edge import kernels
+from hydra_edge import kernels, targets
 from hydra_edge.kernels import FLOAT16, FLOAT32, INT4, INT8, Library, LinearConfig, LinearShape
 
 BUDGETS = Path(__file__).parents[1] / "kernels" / "budgets.json"
@@ -80,12 +80,31 @@ class Gpu:
     launch: float = 1.3e-6
 
 
-# Clocks, SMs and bandwidth: data sheets of the modules; per-SM limits: CUDA programming guide.
+def _gpu(name: str, *, bandwidth: float | None = None, **assumed: Any) -> Gpu:
+    """A row of `hydra_edge.targets`, and what no data sheet says."""
+    row = targets.find(name).gpu
+    if row is None:
+        raise ValueError(f"'{name}' is no GPU")
+    return Gpu(
+        name=name,
+        compute_capability=row.compute_capability,
+        sm_count=row.sm_count,
+        clock=row.clock_ghz * 1e9,
+        bandwidth=bandwidth or row.bandwidth_gb_s * 1e9,
+        **assumed,
+    )
+
+
+# L1 and shared memory: CUDA programming guide. On Thor and H200 mma.sync does not reach the rate of
+# the newer instructions that the data sheets print; that of sm_80 is assumed.
+_ORIN = {"latency": 0.8e-6, "l2_port": 32, "l1": 192 * KB, "shared": 164 * KB, "multiplies": 1024}
+_LARGE = {"l1": 256 * KB, "shared": 228 * KB, "multiplies": 1024}
 GPUS = (
-    Gpu("jetson-agx-orin", 87, 16, 1.3e9, 204.8e9, 0.8e-6, 32, 192 * KB, 164 * KB, 1024),
-    Gpu("jetson-orin-nano", 87, 8, 1.02e9, 102e9, 0.8e-6, 32, 192 * KB, 164 * KB, 1024),
-    Gpu("jetson-thor", 110, 20, 1.575e9, 273e9, 0.8e-6, 32, 256 * KB, 228 * KB, 1024),
-    Gpu("h200", 90, 132, 1.755e9, 4300e9, 0.7e-6, 28, 256 * KB, 228 * KB, 1024),
+    _gpu("jetson-agx-orin", **_ORIN),
+    _gpu("jetson-orin-nano", **_ORIN),
+    _gpu("jetson-thor", latency=0.8e-6, l2_port=32, **_LARGE),
+    # A measured copy, read and write counted.
+    _gpu("h200", bandwidth=4300e9, latency=0.7e-6, l2_port=28, **_LARGE),
 )
 
 

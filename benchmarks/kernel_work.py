@@ -17,10 +17,12 @@ from kernel_model import Format, linear_shape
 from hydra_edge import torch_kernels
 from hydra_edge.errors import CompilationError
 from hydra_edge.kernels import (
+    ACTIVATIONS,
     FLOAT16,
     FLOAT32,
     INT8,
     MAX_LAYERS,
+    SUMMARIES,
     ChainArguments,
     ChainLayer,
     ChainShape,
@@ -31,8 +33,9 @@ from hydra_edge.kernels import (
     SummaryShape,
 )
 
-KINDS = {"fp16": "fp16", "w8a8": "int8", "w8a16": "int8", "w4a16": "int4"}
-RELU, GELU, SOFTMAX = 1, 2, 1
+KINDS = {code: kind for kind, code in torch_kernels.KINDS.items()}
+NONE, RELU, GELU = map(ACTIVATIONS.index, ("none", "relu", "gelu"))
+SOFTMAX = SUMMARIES.index("softmax")
 X_SCALE = 0.03  # of int8 activations, which are about normal
 EPSILON = 1e-5
 
@@ -96,16 +99,6 @@ def normalised(h: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(torch.nn.functional.layer_norm(h, h.shape[-1:]))
 
 
-def summary(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `hydra_ensemble_summary` computes, in torch."""
-    p = torch.softmax(logits.float(), -1)
-    mean = p.mean(0)
-    predictive = torch.special.entr(mean).sum(-1)
-    expected = torch.special.entr(p).sum(-1).mean(0)
-    votes = (p.argmax(-1) == mean.argmax(-1)).float().mean(0)
-    return mean, predictive, expected, (predictive - expected).clamp(min=0), 1 - votes
-
-
 def chain_shape(shape: Shape, batch: int, format: Format) -> ChainShape:
     """Whole heads as `head_chain` sees them."""
     sizes = (shape.features, *shape.hidden, shape.outputs)
@@ -151,7 +144,7 @@ class Ours:
         # Everything that a launch points at.
         self.constants: list[torch.Tensor] = []
         self.buffers: list[torch.Tensor] = []
-        kind = KINDS[format.name]
+        kind = KINDS[format.weight_type]
         packed = [
             torch_kernels.pack(weight, kind, group=format.group or 128, device=device)
             for weight in heads.weights
@@ -214,7 +207,7 @@ class Ours:
                 dtype = torch.int8 if integer else torch.float16
                 y = torch.empty((shape.heads, batch, packed.outputs), device=device, dtype=dtype)
                 linear.y_type = INT8 if integer else FLOAT16
-                linear.activation = 0 if shape.norm else RELU
+                linear.activation = NONE if shape.norm else RELU
             if x.dtype == torch.float16 and self.format.x_type == INT8:
                 linear.x_type, linear.quantize_x = FLOAT16, 1
             arguments = LinearArguments(
@@ -319,7 +312,7 @@ class Torch:
     def run(self, copy: int) -> tuple[torch.Tensor, ...]:
         """See `Work`."""
         if self.how == "separate":
-            return summary(torch.stack(self._separate(self.weights[copy])))
+            return torch_kernels.summarize(torch.stack(self._separate(self.weights[copy])))
         return self.function(self.weights[copy], self.x)
 
     def _between(self, h: torch.Tensor) -> torch.Tensor:
@@ -344,7 +337,7 @@ class Torch:
         h = h.view(len(x), heads, -1).transpose(0, 1)
         for weight, bias in zip(weights[1:], self.biases[1:], strict=True):
             h = torch.baddbmm(bias[:, None], self._between(h), weight)
-        return summary(h)
+        return torch_kernels.summarize(h)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

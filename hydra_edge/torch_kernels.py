@@ -23,9 +23,12 @@ from hydra_edge.errors import InputError
 from hydra_edge.kernels import ACTIVATIONS, BFLOAT16, FLOAT16, FLOAT32, INT4, INT8
 from hydra_edge.ops import packing
 
+GROUPS = (32, 64, 128)
 KINDS = {"fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8, "int4": INT4}
 _TORCH = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 _TORCH |= {torch.int8: INT8}
+_OF_INT4 = (torch.float16, torch.bfloat16)
+_OF_INT8 = (*_OF_INT4, torch.int8)
 _NUMPY = {
     "fp16": np.float16,
     "bf16": ml_dtypes.bfloat16,
@@ -81,6 +84,12 @@ def pack(
         raise InputError(
             f"Weights of kind '{kind}'.",
             f"The kernels know {', '.join(KINDS)}.",
+            "Choose one of those.",
+        )
+    if group not in GROUPS:
+        raise InputError(
+            f"int4 weights with a scale for every {group} values.",
+            f"The kernels know {', '.join(map(str, GROUPS))}.",
             "Choose one of those.",
         )
     values = weight.detach().to("cpu", torch.float32).numpy()
@@ -152,6 +161,19 @@ def grouped_linear(
             f"x in {x.dtype}, y in {y_dtype}, activation '{activation}'.",
             f"The kernels know float16, bfloat16 and int8, and {', '.join(ACTIVATIONS)}.",
             "Cast x, or apply the activation yourself.",
+        )
+    expected = {"fp16": (torch.float16,), "bf16": (torch.bfloat16,), "int8": _OF_INT8}
+    if x.dtype not in expected.get(weight.kind, _OF_INT4):
+        raise InputError(
+            f"x in {x.dtype} for weights of kind '{weight.kind}'.",
+            "The kernels multiply 16-bit x by weights of its type, int8 or int4, and int8 by int8.",
+            "Cast x, or pack the weights differently.",
+        )
+    if (x.dtype == torch.int8 and x_scale is None) or (y_dtype == torch.int8 and y_scale is None):
+        raise InputError(
+            "x or y in int8, without a scale.",
+            "Integers are multiples of one.",
+            "Pass x_scale for x, y_scale for y.",
         )
     if weight.group_scale is not None and x.dtype != weight.group_scale.dtype:
         raise InputError(
@@ -321,6 +343,13 @@ def _(
 def _ensemble_summary(
     logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return summarize(logits)
+
+
+def summarize(
+    logits: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ensemble_summary` in the operators of torch itself, on any device."""
     p = torch.softmax(logits.float(), -1)
     mean = p.mean(0)
     predictive = torch.special.entr(mean).sum(-1)

@@ -99,6 +99,16 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match=r"x in torch\.bfloat16 for int4 weights"):
         grouped_linear(x.bfloat16(), pack(weight, "int4"))
     grouped_linear(x.bfloat16(), pack(weight, "int4", bfloat16=True))
+    with pytest.raises(InputError, match="a scale for every 48 values"):
+        pack(weight, "int4", group=48)
+    with pytest.raises(InputError, match=r"x in torch\.float32 for weights of kind 'fp16'"):
+        grouped_linear(x, packed)
+    with pytest.raises(InputError, match=r"x in torch\.int8 for weights of kind 'int4'"):
+        grouped_linear(x.to(torch.int8), pack(weight, "int4"), x_scale=torch.ones(1))
+    with pytest.raises(InputError, match="in int8, without a scale"):
+        grouped_linear(x.to(torch.int8), pack(weight, "int8"))
+    with pytest.raises(InputError, match="in int8, without a scale"):
+        grouped_linear(x.half(), packed, y_dtype=torch.int8)
     with pytest.raises(InputError, match=r"A scale of shape \[2\]"):
         grouped_linear(x.half(), packed, x_scale=torch.ones(2))
     elsewhere = replace(packed, weight=packed.weight.to("meta"))

@@ -1,4 +1,4 @@
-"""TensorRT-RTX: engines for GeForce RTX cards, built on any machine, with a GPU or without.
+"""TensorRT-RTX: engines for GeForce RTX cards, built with a GPU or without.
 
 It reads standard ONNX and knows no plugins: heads become the MatMuls of the lowering "qdq". An
 engine is built for one generation of cards; the card's own kernels are compiled at load.

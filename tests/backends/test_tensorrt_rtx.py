@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from onnx_models import conv_student, feeds_for, mlp_heads
 
-from hydra_edge import pipeline, runtime, targets
+from hydra_edge import lowering, pipeline, runtime, targets
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends import BuildRequest, tensorrt_rtx
@@ -77,7 +77,20 @@ def test_data_is_judged_on_the_graph(tmp_path: Path) -> None:
     data = feeds_for(source, 64)
     engine = pipeline.build(source, "rtx-4090", precision="fp16", data=data)
     assert engine.metrics["top1_agreement"] > 0.9
+    assert (
+        engine.metrics["max_abs_mean_prob"] > 0
+    )  # of the fp16 graph, not of its source with itself
     assert "p50_ms" not in engine.metrics
+
+
+def test_a_lowering_that_computes_something_else_is_not_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine does not run here, but what it was built from is judged."""
+    other = mlp_heads(m=4, k=64, hidden=(64,), c=10, seed=1)
+    monkeypatch.setattr(lowering, "lower", lambda graph, name: other)
+    with pytest.raises(CompilationError, match="No lowering reproduces the graph: qdq"):
+        compile(graph(), "rtx-4090")
 
 
 def test_fp8_is_refused_before_the_builder_is_asked() -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from hydra_edge import torch_kernels
 from hydra_edge.errors import HydraError
 from kernels.emulation import CONSTANT, OUTPUT, Emulator
 
@@ -53,7 +54,7 @@ def test_baselines_agree(shape: Shape, how: str) -> None:
         h = h @ weight.double() + heads.biases[i][:, None]
         if i < len(heads.weights) - 1:
             h = kernel_work.normalised(h) if shape.norm else h.relu()
-    for left, right in zip(found, kernel_work.summary(h), strict=True):
+    for left, right in zip(found, torch_kernels.summarize(h), strict=True):
         torch.testing.assert_close(left, right, rtol=0.02, atol=4e-3)
 
 
