@@ -355,6 +355,8 @@ def load(path: Path | None = None) -> Library:
             return Library(candidate)
     raise MissingDependencyError(
         f"{candidates[0].name} is not there.",
-        "hydra-edge was installed on a machine without nvcc, and works without the CUDA kernels.",
+        "No file has that path."
+        if path
+        else "hydra-edge was installed on a machine without nvcc, and works without the CUDA kernels.",
         "Install it again where nvcc is on the PATH, or build it by hand: see kernels/README.md.",
     )
