@@ -13,6 +13,7 @@ from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.backends import Runner
 from hydra_edge.backends import onnxruntime as backend
 from hydra_edge.errors import GraphError
+from hydra_edge.ops import heads
 from hydra_edge.ops.ensemble_summary import ENTROPIES
 
 Array = npt.NDArray[np.generic]
@@ -59,7 +60,8 @@ def tolerance_of(model: onnx.ModelProto) -> float:
     ops = {node.op_type for node in model.graph.node}
     if ops & {"QuantizeLinear", "QuantizedGroupedMatMul"}:
         return QUANTIZED_TOLERANCE
-    if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer):
+    halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    if halves or heads.OP in ops:  # whose hidden activations have 16 bits or fewer
         return HALF_TOLERANCE
     return FLOAT_TOLERANCE
 

@@ -357,6 +357,6 @@ def load(path: Path | None = None) -> Library:
         f"{candidates[0].name} is not there.",
         "No file has that path."
         if path
-        else "hydra-edge was installed on a machine without nvcc, and works without the CUDA kernels.",
+        else "hydra-edge was installed without nvcc, and works without the CUDA kernels.",
         "Install it again where nvcc is on the PATH, or build it by hand: see kernels/README.md.",
     )

@@ -11,6 +11,10 @@ DequantizeLinear around a MatMul, and optimize the rest themselves:
 
     qdq       as "wide", and what is stored in int8 stands between those two
 
+And TensorRT can have the heads computed by our own kernels:
+
+    plugin    heads become `HydraHeads` nodes; the rest is as in "qdq"
+
 Weights stored in few bits become floats when the runtime loads them, unless their input is stored
 in integers too. Integer matmuls stay integer in all three; `integer_path` and `float_path` do the
 same for the layers of the body.
@@ -22,13 +26,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from hydra_edge import float_path, integer_path, surgery
+from hydra_edge import float_path, integer_path, plugin_path, plugin_restore, surgery
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.errors import CompilationError, InputError
+from hydra_edge.ops import heads
 
 Array = npt.NDArray[np.generic]
 LOWERINGS = ("grouped", "wide", "separate")
 EXPLICIT = "qdq"
+PLUGIN = "plugin"
 # Ops that act alike on every head and on a stack of them: "separate" carries M tensors through.
 _ELEMENTWISE = (
     "Abs Add Cast Ceil Celu Clip Cos Div Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
@@ -42,7 +48,7 @@ def lower(graph: Graph, lowering: str) -> Graph:
 
     Args:
         graph: A fused graph.
-        lowering: One of `LOWERINGS`, or `EXPLICIT`.
+        lowering: One of `LOWERINGS`, `EXPLICIT` or `PLUGIN`.
 
     Returns:
         A graph that computes the same. Inlining its functions leaves standard ops that the lowering
@@ -50,17 +56,23 @@ def lower(graph: Graph, lowering: str) -> Graph:
 
     Raises:
         InputError: There is no such lowering.
-        CompilationError: "qdq" of heads stored in another type than floats or int8.
+        CompilationError: "qdq" of heads stored in another type than floats or int8, or "plugin" of
+            heads that the kernels have no format for.
     """
-    if lowering not in (*LOWERINGS, EXPLICIT):
+    known = (*LOWERINGS, EXPLICIT, PLUGIN)
+    if lowering not in known:
         raise InputError(
             f"Unknown lowering '{lowering}'.",
-            f"There are: {', '.join((*LOWERINGS, EXPLICIT))}.",
+            f"There are: {', '.join(known)}.",
             "Pick one of those, or let `compile` time them all.",
         )
     surgeon = surgery.open_model(graph.model)
     emitter = _Emitter(surgeon)
-    if lowering == EXPLICIT:
+    if lowering == PLUGIN:
+        _take_heads(surgeon)
+    else:
+        plugin_restore.restore(surgeon)
+    if lowering in (EXPLICIT, PLUGIN):
         for node in list(surgeon.nodes):
             emitter.explicit(node)
         return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
@@ -85,6 +97,16 @@ def lower(graph: Graph, lowering: str) -> Graph:
     integer_path.hoist_quantize(surgeon)
     integer_path.shift_to_uint8(surgeon)
     return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
+
+
+def _take_heads(surgeon: gs.Graph) -> None:
+    left = plugin_path.take(surgeon)
+    if not any(node.op == heads.OP for node in surgeon.nodes):
+        raise CompilationError(
+            "No heads of the graph can be computed by the plugin.",
+            " ".join(left) or "It has no fused heads.",
+            "Store the heads in fp16, int8 or int4-weight-only, or take the lowering 'qdq'.",
+        )
 
 
 def has_heads(graph: Graph) -> bool:

@@ -166,3 +166,11 @@ def pack_group_scales(scale: Array, group: int, dtype: npt.DTypeLike) -> tuple[A
     factor[:, : scale.shape[1], :outputs] = scale / column[:, None]
     rows = factor.reshape(heads, groups // per_tile, per_tile, tiles, 2, 8)
     return column, np.ascontiguousarray(rows.transpose(0, 3, 1, 2, 5, 4).astype(dtype))
+
+
+def unpack_group_scales(column: Array, factors: Array, group: int, inputs: int) -> Array:
+    """What `pack_group_scales` packed: float32 ``[M, ceil(K/group), N]`` for K ``inputs``."""
+    heads, outputs = column.shape
+    rows = np.asarray(factors, np.float32).transpose(0, 2, 3, 1, 5, 4)
+    flat = rows.reshape(heads, -1, factors.shape[1] * ROWS)[:, : -(-inputs // group), :outputs]
+    return np.asarray(flat * np.asarray(column, np.float32)[:, None], np.float32)
