@@ -5,20 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 import hydra_edge
-from hydra_edge import backends, equivalence, lowering, targets
+from hydra_edge import backends, detection, equivalence, lowering
 from hydra_edge.artifacts.arrays import check_arrays
 from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph, TensorSpec
-from hydra_edge.backends import Backend, BuildRequest
 from hydra_edge.backends.onnxruntime import evaluate
-from hydra_edge.errors import CompilationError, InputError
+from hydra_edge.errors import CompilationError, HydraError, InputError, MissingDependencyError
 from hydra_edge.precision import Precision
+from hydra_edge.programs import Backend, BuildOptions, BuildRequest, Built, check_batch
 from hydra_edge.targets import Target
 
 Array = npt.NDArray[np.generic]
@@ -34,21 +34,18 @@ class CompileOptions:
 
     Attributes:
         batch: Smallest, best and largest batch. Lowerings are timed at the best one.
-        threads: Threads to time with; None means one per core.
+        threads: CPU threads to time with; None means one per core.
         lowering: Keep this lowering instead of timing all of them.
+        build: How TensorRT builds it.
     """
 
     batch: tuple[int, int, int] = (1, 8, 32)
     threads: int | None = None
     lowering: str | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
 
     def __post_init__(self) -> None:
-        if len(self.batch) != 3 or not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
-            raise InputError(
-                f"The batch range is {self.batch}.",
-                "It is (smallest, best, largest), each at least 1 and not decreasing.",
-                "Write for example (1, 8, 32).",
-            )
+        check_batch(self.batch)
         if self.threads is not None and self.threads < 1:
             raise InputError(
                 f"{self.threads} threads were asked for.",
@@ -68,9 +65,13 @@ def compile(
 ) -> Engine:
     """Lower a graph, build it for a target, prove it against the graph and pack it up.
 
+    An engine of TensorRT is built on the device itself. Elsewhere the result is everything that
+    the device needs to build it, see `Engine.is_built`; its notes say with which command.
+
     Args:
         graph: Any graph; fuse it first to gain from its heads.
-        target: A name from `hydra-edge targets`.
+        target: A name from `hydra-edge targets`, or "local" for the device that is here. For
+            TensorRT-RTX also several, with ",": one engine then serves them all.
         batch: Shorthand for ``options.batch``.
         golden: One batch of inputs to record with the graph's own outputs, so that
             `Session.self_test` can prove the engine later; random by default.
@@ -82,23 +83,18 @@ def compile(
         The engine. Its program says which lowering was kept and how fast each one was.
 
     Raises:
-        InputError: Unknown target or lowering, a bad batch range, or golden inputs that do not fit.
+        InputError: Unknown target or lowering, a bad batch range, an option that the target does
+            not have, or golden inputs that do not fit.
         DeviceMismatchError: The target is too old.
-        CompilationError: There is no backend for the target, it refused the graph, or no lowering
-            reproduced it.
+        CompilationError: The target's backend refused the graph, or no lowering reproduced it.
+        MissingDependencyError: What builds for the target is not installed.
     """
     options = options or CompileOptions()
     options = options if batch is None else replace(options, batch=batch)
-    row = targets.find(target)
-    if not backends.build_for(row):
-        built = [one.name for one in targets.TARGETS if backends.build_for(one)]
-        raise CompilationError(
-            f"This version of hydra-edge builds no engines for '{row.name}'.",
-            f"That takes the backend '{row.backend}'; it builds for: {', '.join(built)}.",
-            f"`hydra-edge plan FILE --target {row.name}` tells what the graph would be there.",
-        )
-    backend = backends.find(row.backend)
-    _check_precision(graph, row)
+    rows = _rows(target)
+    for row in rows:
+        _check_precision(graph, row)
+    backend = backends.find(rows[0].backend)
     options = replace(options, batch=_batch_range(graph, options.batch))
     feeds = (
         check_arrays(golden, graph.inputs)
@@ -106,27 +102,28 @@ def compile(
         else equivalence.random_inputs(graph.inputs, batch=min(16, options.batch[2]))
     )
     record = Golden(feeds, evaluate(graph.model, feeds), equivalence.tolerance_of(graph.model))
-    request = BuildRequest(row, graph.inputs, options.batch)
-    sources = _sources(graph, unfused, backend, options)
-    build = _candidates if backend.RUNS_HERE else _build_unseen
-    candidates = build(sources, backend, request, options, record)
-    timings = _time(candidates, graph.inputs, backend, options) if backend.RUNS_HERE else {}
-    best = _choose(timings) if timings else next(iter(candidates))
+    request = BuildRequest(rows, graph.inputs, options.batch, options.build)
     program = Program(
         inputs=graph.inputs,
         outputs=graph.outputs,
         batch=options.batch,
         optional=(graph.metadata.logits,) if graph.metadata.logits else (),
-        lowering=best,
-        lowering_ms=timings,
-        graph=graph,
-        payload=candidates[best],
+        lowering=options.lowering or "",
+        lowering_ms={},
+        graph=graph if unfused is None else unfused,
+        payload=b"",
         golden=record,
     )
+    elsewhere = backend.builds_elsewhere(request)
+    if elsewhere:
+        program = replace(program, notes=(elsewhere,), facts=options.build.to_json())
+    else:
+        sources = _sources(graph, unfused, backend, options)
+        program = _built(program, sources, backend, request, options)
     metadata = graph.metadata
     return Engine(
-        target=row.name,
-        backend=row.backend,
+        target=request.name,
+        backend=rows[0].backend,
         task=metadata.task,
         kind=metadata.kind,
         heads=metadata.heads,
@@ -135,9 +132,25 @@ def compile(
         source_sha256=graph.sha256,
         calibration_sha256=metadata.calibration_sha256,
         metrics={},
-        tools={"hydra-edge": hydra_edge.__version__, **backend.versions()},
+        tools={
+            "hydra-edge": hydra_edge.__version__,
+            **({} if elsewhere else backend.versions()),
+        },
         programs={MAIN: program},
     )
+
+
+def _rows(target: str) -> tuple[Target, ...]:
+    """The targets that one engine is for."""
+    rows = tuple(detection.find(name.strip()) for name in target.split(","))
+    shared = {row.backend for row in rows}
+    if len(rows) > 1 and (len(shared) > 1 or not backends.find(rows[0].backend).SEVERAL_TARGETS):
+        raise InputError(
+            f"One engine was asked for {', '.join(row.name for row in rows)}.",
+            "Only an engine of TensorRT-RTX serves several devices.",
+            "Compile for each of them.",
+        )
+    return rows
 
 
 def _check_precision(graph: Graph, row: Target) -> None:
@@ -201,74 +214,114 @@ def _sources(
     return [(name, unfused if name == UNFUSED and unfused else graph) for name in names]
 
 
-def _lowered(name: str, source: Graph, backend: Backend) -> Graph:
-    return lowering.lower(source, backend.LOWERINGS[0] if name == UNFUSED else name)
+@dataclass(frozen=True)
+class _Candidate:
+    """One lowering, built."""
+
+    built: Built
+    source: Graph
+    record: Golden
 
 
-def _error(payload: bytes, backend: Backend, options: CompileOptions, record: Golden) -> float:
-    runner = backend.open(payload, options.threads)
+def _built(
+    program: Program,
+    sources: Sequence[tuple[str, Graph]],
+    backend: Backend,
+    request: BuildRequest,
+    options: CompileOptions,
+) -> Program:
+    """The program of the fastest lowering, or of the first where none can be timed here."""
+    runs = backend.runs_here(request)
+    candidates: dict[str, _Candidate] = {}
+    refusals: dict[str, HydraError] = {}
+    for name, source in sources:
+        try:
+            candidates[name] = _candidate(name, source, program, backend, request, options, runs)
+        except (CompilationError, MissingDependencyError) as refusal:
+            refusals[name] = refusal
+        if candidates and not runs:
+            break
+    if not candidates:
+        raise _all_refused(refusals)
+    timings = _time(candidates, program.inputs, backend, options) if runs else {}
+    best = _choose(timings) if timings else next(iter(candidates))
+    kept = candidates[best]
+    others = (f"not as '{name}': {error.what} {error.why}" for name, error in refusals.items())
+    return replace(
+        program,
+        lowering=best,
+        lowering_ms=timings,
+        graph=kept.source,
+        payload=kept.built.payload,
+        golden=kept.record,
+        notes=(*kept.built.notes, *others),
+        facts=kept.built.facts,
+    )
+
+
+def _candidate(
+    name: str,
+    source: Graph,
+    program: Program,
+    backend: Backend,
+    request: BuildRequest,
+    options: CompileOptions,
+    runs: bool,
+) -> _Candidate:
+    """Build one lowering and prove it on the recorded batch.
+
+    What does not run here is judged by ONNX Runtime before it is built.
+
+    Raises:
+        CompilationError: It was refused, or computes something else.
+        MissingDependencyError: Something is missing that this lowering needs.
+    """
+    lowered = lowering.lower(source, backend.LOWERINGS[0] if name == UNFUSED else name)
+    record = program.golden
+    loosest = max(record.tolerance, equivalence.tolerance_of(lowered.model))
+    record = replace(record, tolerance=loosest)
+    if runs:
+        built = backend.build(lowered.model, request)
+        error = _error(built, backend, options, record)
+    else:
+        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
+        judge = backends.find("onnxruntime")
+        ours = lowering.lower(lowered, judge.LOWERINGS[0])
+        plain = replace(request, options=BuildOptions())
+        error = _error(judge.build(ours.model, plain), judge, options, record)
+        built = backend.build(lowered.model, request) if error <= loosest else Built(b"")
+    if error > loosest:
+        raise _DriftError({name: error}, loosest)
+    return _Candidate(built, source, record)
+
+
+def _error(built: Built, backend: Backend, options: CompileOptions, record: Golden) -> float:
+    runner = backend.open(built.payload, options.threads, built.facts)
     error = equivalence.replay(runner, record)
     runner.close()
     return error
 
 
-def _candidates(
-    sources: Sequence[tuple[str, Graph]],
-    backend: Backend,
-    request: BuildRequest,
-    options: CompileOptions,
-    record: Golden,
-) -> dict[str, bytes]:
-    """Built payloads by lowering; each reproduces the graph on the recorded batch."""
-    payloads = {}
-    errors = {}
-    for name, source in sources:
-        payload = backend.build(_lowered(name, source, backend).model, request)
-        errors[name] = _error(payload, backend, options, record)
-        if errors[name] <= record.tolerance:
-            payloads[name] = payload
-    if not payloads:
-        raise _unlike(errors, record)
-    return payloads
+class _DriftError(CompilationError):
+    """A lowering that computes something else than its graph."""
+
+    def __init__(self, errors: Mapping[str, float], tolerance: float) -> None:
+        found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+        super().__init__(
+            f"No lowering reproduces the graph: {found} (relative RMS).",
+            f"Up to {tolerance:g} is rounding.",
+            "Please report the graph; its unfused form compiles without grouped ops.",
+        )
+        self.errors, self.tolerance = errors, tolerance
 
 
-def _build_unseen(
-    sources: Sequence[tuple[str, Graph]],
-    backend: Backend,
-    request: BuildRequest,
-    options: CompileOptions,
-    record: Golden,
-) -> dict[str, bytes]:
-    """The first lowering that the backend takes; what it computes is judged by ONNX Runtime.
-
-    Nothing is timed: the program does not run here.
-    """
-    refusal = None
-    for name, source in sources:
-        try:
-            lowered = _lowered(name, source, backend)
-            payload = backend.build(lowered.model, request)
-        except CompilationError as refused:
-            refusal = refused
-            continue
-        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
-        judge = backends.find("onnxruntime")
-        ours = lowering.lower(lowered, judge.LOWERINGS[0])
-        error = _error(judge.build(ours.model, request), judge, options, record)
-        if error <= record.tolerance:
-            return {name: payload}
-        refusal = _unlike({name: error}, record)
-    assert refusal is not None, "there is a source at least"
-    raise refusal
-
-
-def _unlike(errors: Mapping[str, float], record: Golden) -> CompilationError:
-    found = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
-    return CompilationError(
-        f"No lowering reproduces the graph: {found} (relative RMS).",
-        f"Up to {record.tolerance:g} is rounding.",
-        "Please report the graph; its unfused form compiles without grouped ops.",
-    )
+def _all_refused(refusals: Mapping[str, HydraError]) -> HydraError:
+    """Why nothing could be built: the first thing that was missing, or what all drifted by."""
+    drifted = [error for error in refusals.values() if isinstance(error, _DriftError)]
+    if len(drifted) < len(refusals):
+        return next(error for error in refusals.values() if not isinstance(error, _DriftError))
+    every = {name: value for error in drifted for name, value in error.errors.items()}
+    return _DriftError(every, drifted[0].tolerance)
 
 
 def _choose(timings: Mapping[str, float]) -> str:
@@ -285,14 +338,17 @@ def _same_interface(a: Graph, b: Graph) -> bool:
 
 
 def _time(
-    candidates: Mapping[str, bytes],
+    candidates: Mapping[str, _Candidate],
     inputs: tuple[TensorSpec, ...],
     backend: Backend,
     options: CompileOptions,
 ) -> dict[str, float]:
     """p50 in ms per candidate at the best batch, in rounds so that all see the same noise."""
     feeds = equivalence.random_inputs(inputs, batch=options.batch[1])
-    runners = {name: backend.open(data, options.threads) for name, data in candidates.items()}
+    runners = {
+        name: backend.open(one.built.payload, options.threads, one.built.facts)
+        for name, one in candidates.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in runners}
     rounds = _TIMING_ROUNDS if len(runners) > 1 else 1
     for _ in range(rounds):

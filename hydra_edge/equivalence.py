@@ -10,11 +10,11 @@ import onnx
 
 from hydra_edge.artifacts.engine import Golden
 from hydra_edge.artifacts.graph import TensorSpec
-from hydra_edge.backends import Runner
 from hydra_edge.backends import onnxruntime as backend
 from hydra_edge.errors import GraphError
 from hydra_edge.ops import heads
 from hydra_edge.ops.ensemble_summary import ENTROPIES
+from hydra_edge.programs import Runner
 
 Array = npt.NDArray[np.generic]
 

@@ -11,6 +11,7 @@
     ├── DistillationError               1   training cannot start or go on
     ├── GateError                       3   accuracy or uncertainty drifted too far
     ├── DeviceMismatchError             4   the engine was built for another device
+    ├── ExecutionError                  1   the device failed while it ran a program
     ├── PerformanceGateError            5   slower than the caller allowed
     └── MissingDependencyError          6   a library or a device is not there
 
@@ -86,6 +87,10 @@ class DeviceMismatchError(HydraError):
     """The engine was built for another device."""
 
     exit_code = 4
+
+
+class ExecutionError(HydraError):
+    """The device failed while it ran a program."""
 
 
 class PerformanceGateError(HydraError):

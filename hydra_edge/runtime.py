@@ -16,6 +16,7 @@ from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.equivalence import replay
 from hydra_edge.errors import GateError, InputError
+from hydra_edge.programs import Runner
 
 Array = npt.NDArray[np.generic]
 
@@ -209,7 +210,7 @@ class EnsembleSession:
 class _LiveProgram:
     """One program and its runner: checks, splits, pads, runs, joins."""
 
-    def __init__(self, name: str, program: Program, runner: backends.Runner) -> None:
+    def __init__(self, name: str, program: Program, runner: Runner) -> None:
         self.name = name
         self.program = program
         self.runner = runner

@@ -21,12 +21,27 @@ class Software:
         tensorrt: Version of TensorRT, or of TensorRT-RTX, that it brings or needs.
         cuda: Version of CUDA.
         python: Version of Python that NVIDIA's packages are made for; "" for any.
+        l4t: Releases of Jetson Linux that it is, as far as ``/etc/nv_tegra_release`` matters.
     """
 
     name: str
     tensorrt: str
     cuda: str
     python: str = ""
+    l4t: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PowerMode:
+    """What ``nvpmodel`` switches a Jetson to.
+
+    Attributes:
+        name: As ``nvpmodel -q`` says it.
+        number: What ``nvpmodel -m`` takes.
+    """
+
+    name: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -36,15 +51,16 @@ class Gpu:
     Attributes:
         compute_capability: 87 for 8.7.
         sm_count: Streaming multiprocessors.
-        clock_ghz: Highest clock without overclocking.
+        clock_ghz: Highest clock without overclocking; of a Jetson, in its first power mode.
         memory_gb: Of the module or card; shared with the CPU on a Jetson.
         bandwidth_gb_s: Of that memory.
         fp16: Multiply-adds per SM and clock.
         int8: The same of int8.
         fp8: The same of fp8; 0 where there is none.
         dla: Deep-learning accelerators beside it.
-        power: Power modes, or the board's power.
-        source: Where the figures are from.
+        power: What the module or board may draw.
+        source: Where the figures are from, and which of them nobody prints.
+        modes: Power modes of a Jetson, the fastest first.
     """
 
     compute_capability: int
@@ -58,6 +74,7 @@ class Gpu:
     dla: int
     power: str
     source: str
+    modes: tuple[PowerMode, ...] = ()
 
     def operations_per_s(self, precision: str) -> float:
         """Dense operations, two per multiply-add; 0 where none are published.
@@ -83,6 +100,7 @@ class Target:
         description: One line for ``hydra-edge targets``.
         gpu: What the device can do, if it is a GPU.
         software: Releases that run on it, the oldest first.
+        known_as: What the driver calls the card, or a part of what a Jetson calls itself.
     """
 
     name: str
@@ -91,52 +109,114 @@ class Target:
     description: str
     gpu: Gpu | None = None
     software: tuple[Software, ...] = ()
+    known_as: str = ""
+
+    @property
+    def is_jetson(self) -> bool:
+        """Whether it is a module with its own system, which brings TensorRT along."""
+        return any(one.l4t for one in self.software)
 
 
 _INTEGERS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 _AND_FP8 = (*_INTEGERS, "fp8")
-_JP62 = Software("jp6.2", "10.3", "12.6", "3.10")
-_JP70 = Software("jp7.0", "10.13", "13.0", "3.12")
-_JP72 = Software("jp7.2", "10.16", "13.2", "3.12")
-_ORIN = (_JP62, _JP72)
-_SERVER = (Software("trt10", "10.3", "12.6"), Software("trt11", "11.4", "13.2"))
-_RTX = (Software("rtx1.7", "1.7", "13.2"),)
-_ORIN_SHEET = "Jetson Orin module data sheets; tensor rate: Jetson AGX Orin technical brief"
+_JP62 = Software("jp6.2", "10.3", "12.6", "3.10", ("36.4", "36.5"))
+_JP70 = Software("jp7.0", "10.13", "13.0", "3.12", ("38",))
+_JP72 = Software("jp7.2", "10.16", "13.2", "3.12", ("39",))
+ORIN_RELEASES = (_JP62, _JP72)
+THOR_RELEASES = (_JP70, _JP72)
+TENSORRT_RELEASES = (Software("trt10", "10.3", "12.6"), Software("trt11", "11.4", "13.2"))
+RTX_RELEASES = (Software("rtx1.7", "1.7", "13.2"),)
+_ORIN_SHEET = (
+    "Jetson Orin module data sheets; tensor rate: Jetson AGX Orin technical brief; power modes: "
+    "nvpmodel configuration of Jetson Linux 36.4"
+)
+_SUPER_SHEET = f"{_ORIN_SHEET}, flashed with its Super modes"
 _GA102 = "NVIDIA Ampere GA102 whitepaper"
 _ADA = "NVIDIA Ada architecture whitepaper"
 _BLACKWELL = "NVIDIA RTX Blackwell architecture whitepaper"
 _HOPPER = "NVIDIA H100 architecture whitepaper"
+
+
+def _modes(**numbers: int) -> tuple[PowerMode, ...]:
+    return tuple(PowerMode(name.lstrip("_"), number) for name, number in numbers.items())
+
 
 TARGETS = (
     Target(
         "cpu",
         "onnxruntime",
         ("fp32", "fp16", "int8"),
-        "Any CPU that ONNX Runtime supports. fp16 is stored as fp16 and mostly computed as fp32.",
+        "Any CPU, by ONNX Runtime. fp16 is stored as fp16 and mostly computed as fp32.",
+    ),
+    Target(
+        "jetson-orin-nano-4gb",
+        "tensorrt",
+        _INTEGERS,
+        "Jetson Orin Nano 4 GB Super.",
+        Gpu(
+            *(87, 4, 1.02, 4, 51, 1024, 2048, 0, 0),
+            power="7 to 25 W",
+            source=_SUPER_SHEET,
+            modes=_modes(MAXN_SUPER=2, _25W=1, _10W=0),
+        ),
+        ORIN_RELEASES,
+        "Orin Nano",
     ),
     Target(
         "jetson-orin-nano",
         "tensorrt",
         _INTEGERS,
-        "Jetson Orin Nano 8 GB, in its Super mode.",
+        "Jetson Orin Nano 8 GB Super.",
         Gpu(
             *(87, 8, 1.02, 8, 102, 1024, 2048, 0, 0),
-            power="7, 15, 25 W, MAXN SUPER",
-            source=_ORIN_SHEET,
+            power="7 to 25 W",
+            source=_SUPER_SHEET,
+            modes=_modes(MAXN_SUPER=2, _25W=1, _15W=0),
         ),
-        _ORIN,
+        ORIN_RELEASES,
+        "Orin Nano",
+    ),
+    Target(
+        "jetson-orin-nx-8gb",
+        "tensorrt",
+        _INTEGERS,
+        "Jetson Orin NX 8 GB Super.",
+        Gpu(
+            *(87, 8, 1.173, 8, 102.4, 1024, 2048, 0, 1),
+            power="10 to 40 W",
+            source=_SUPER_SHEET,
+            modes=_modes(MAXN_SUPER=0, _40W=4, _20W=3, _15W=2, _10W=1),
+        ),
+        ORIN_RELEASES,
+        "Orin NX",
     ),
     Target(
         "jetson-orin-nx",
         "tensorrt",
         _INTEGERS,
-        "Jetson Orin NX 16 GB.",
+        "Jetson Orin NX 16 GB Super.",
         Gpu(
-            *(87, 8, 0.918, 16, 102.4, 1024, 2048, 0, 2),
-            power="10, 15, 25 W, MAXN",
-            source=_ORIN_SHEET,
+            *(87, 8, 1.173, 16, 102.4, 1024, 2048, 0, 2),
+            power="10 to 40 W",
+            source=_SUPER_SHEET,
+            modes=_modes(MAXN_SUPER=0, _40W=4, _25W=3, _15W=2, _10W=1),
         ),
-        _ORIN,
+        ORIN_RELEASES,
+        "Orin NX",
+    ),
+    Target(
+        "jetson-agx-orin-32gb",
+        "tensorrt",
+        _INTEGERS,
+        "Jetson AGX Orin 32 GB.",
+        Gpu(
+            *(87, 14, 0.93, 32, 204.8, 1024, 2048, 0, 2),
+            power="15 to 40 W",
+            source=_ORIN_SHEET,
+            modes=_modes(MAXN=0, MODE_40W=3, MODE_30W=2, MODE_15W=1),
+        ),
+        ORIN_RELEASES,
+        "AGX Orin",
     ),
     Target(
         "jetson-agx-orin",
@@ -145,10 +225,12 @@ TARGETS = (
         "Jetson AGX Orin 64 GB.",
         Gpu(
             *(87, 16, 1.3, 64, 204.8, 1024, 2048, 0, 2),
-            power="15, 30, 50 W, MAXN",
+            power="15 to 60 W",
             source=_ORIN_SHEET,
+            modes=_modes(MAXN=0, MODE_50W=3, MODE_30W=2, MODE_15W=1),
         ),
-        _ORIN,
+        ORIN_RELEASES,
+        "AGX Orin",
     ),
     Target(
         "jetson-thor",
@@ -158,9 +240,14 @@ TARGETS = (
         Gpu(
             *(110, 20, 1.575, 128, 273, 4096, 0, 8192, 0),
             power="40 to 130 W",
-            source="Jetson Thor data sheet; fp8 and fp16 from its sparse fp4 figure",
+            source=(
+                "Jetson Thor data sheet; fp8 and fp16 follow from its sparse fp4 figure, and no "
+                "int8 rate is printed; power modes: Jetson Linux 38, as users of it report them"
+            ),
+            modes=_modes(MAXN=0, _120W=1, _90W=2, _70W=3),
         ),
-        (_JP70, _JP72),
+        THOR_RELEASES,
+        "Thor",
     ),
     Target(
         "l4",
@@ -168,7 +255,8 @@ TARGETS = (
         _AND_FP8,
         "NVIDIA L4.",
         Gpu(*(89, 58, 2.04, 24, 300, 512, 1024, 1024, 0), power="72 W", source="L4 data sheet"),
-        _SERVER,
+        TENSORRT_RELEASES,
+        "NVIDIA L4",
     ),
     Target(
         "a100",
@@ -176,7 +264,8 @@ TARGETS = (
         _INTEGERS,
         "NVIDIA A100 80 GB, SXM.",
         Gpu(*(80, 108, 1.41, 80, 2039, 1024, 2048, 0, 0), power="400 W", source="A100 data sheet"),
-        _SERVER,
+        TENSORRT_RELEASES,
+        "NVIDIA A100-SXM4-80GB",
     ),
     Target(
         "h100",
@@ -184,7 +273,8 @@ TARGETS = (
         _AND_FP8,
         "NVIDIA H100 80 GB, SXM.",
         Gpu(*(90, 132, 1.83, 80, 3350, 2048, 4096, 4096, 0), power="700 W", source=_HOPPER),
-        _SERVER,
+        TENSORRT_RELEASES,
+        "NVIDIA H100 80GB HBM3",
     ),
     Target(
         "h200",
@@ -196,7 +286,8 @@ TARGETS = (
             power="700 W",
             source=f"{_HOPPER}; H200 data sheet",
         ),
-        _SERVER,
+        TENSORRT_RELEASES,
+        "NVIDIA H200",
     ),
     Target(
         "rtx-3080",
@@ -204,7 +295,8 @@ TARGETS = (
         _INTEGERS,
         "GeForce RTX 3080 10 GB.",
         Gpu(*(86, 68, 1.71, 10, 760, 256, 1024, 0, 0), power="320 W", source=_GA102),
-        _RTX,
+        RTX_RELEASES,
+        "NVIDIA GeForce RTX 3080",
     ),
     Target(
         "rtx-3090",
@@ -212,7 +304,8 @@ TARGETS = (
         _INTEGERS,
         "GeForce RTX 3090.",
         Gpu(*(86, 82, 1.695, 24, 936, 256, 1024, 0, 0), power="350 W", source=_GA102),
-        _RTX,
+        RTX_RELEASES,
+        "NVIDIA GeForce RTX 3090",
     ),
     Target(
         "rtx-4080",
@@ -220,7 +313,8 @@ TARGETS = (
         _AND_FP8,
         "GeForce RTX 4080.",
         Gpu(*(89, 76, 2.505, 16, 716.8, 256, 1024, 512, 0), power="320 W", source=_ADA),
-        _RTX,
+        RTX_RELEASES,
+        "NVIDIA GeForce RTX 4080",
     ),
     Target(
         "rtx-4090",
@@ -228,7 +322,8 @@ TARGETS = (
         _AND_FP8,
         "GeForce RTX 4090.",
         Gpu(*(89, 128, 2.52, 24, 1008, 256, 1024, 512, 0), power="450 W", source=_ADA),
-        _RTX,
+        RTX_RELEASES,
+        "NVIDIA GeForce RTX 4090",
     ),
     Target(
         "rtx-5080",
@@ -236,7 +331,8 @@ TARGETS = (
         _AND_FP8,
         "GeForce RTX 5080.",
         Gpu(*(120, 84, 2.617, 16, 960, 256, 1024, 512, 0), power="360 W", source=_BLACKWELL),
-        _RTX,
+        RTX_RELEASES,
+        "NVIDIA GeForce RTX 5080",
     ),
     Target(
         "rtx-5090",
@@ -244,9 +340,13 @@ TARGETS = (
         _AND_FP8,
         "GeForce RTX 5090.",
         Gpu(*(120, 170, 2.407, 32, 1792, 256, 1024, 512, 0), power="575 W", source=_BLACKWELL),
-        _RTX,
+        RTX_RELEASES,
+        "NVIDIA GeForce RTX 5090",
     ),
 )
+
+RTX_CAPABILITIES = (75, 80, 86, 89, 120, 121)  # what TensorRT-RTX 1.7 builds for
+LOCAL = "local"  # what is asked for when the row of this machine is meant: see `detection`
 
 # What people ask for and cannot have: the reason, and the way out.
 REFUSED = {
@@ -259,6 +359,14 @@ REFUSED = {
         "Use a Jetson Orin, or the target 'cpu' on the device.",
     ),
 }
+
+
+def precisions_of(compute_capability: int, backend: str) -> tuple[str, ...]:
+    """What a GPU of this generation multiplies and the backend builds, the most exact first."""
+    precisions = _AND_FP8 if compute_capability >= 89 else _INTEGERS
+    if backend == "tensorrt_rtx" and compute_capability == 75:
+        return precisions[1:]  # it refuses matrix products of fp32
+    return precisions
 
 
 def find(name: str) -> Target:
@@ -279,16 +387,23 @@ def find(name: str) -> Target:
     if target is None:
         raise InputError(
             f"Unknown target '{name}'.",
-            f"There are: {', '.join(target.name for target in TARGETS)}.",
+            f"There are: {LOCAL}, {', '.join(target.name for target in TARGETS)}.",
             "Pick one of those; `hydra-edge targets` lists them with their precisions.",
         )
-    if not release:
-        return target
+    return at_release(target, release) if release else target
+
+
+def at_release(target: Target, release: str) -> Target:
+    """The row with one of its releases alone.
+
+    Raises:
+        InputError: There is no such release for it.
+    """
     software = tuple(one for one in target.software if one.name == release)
     if not software:
-        known = ", ".join(f"{device}@{one.name}" for one in target.software) or device
+        known = ", ".join(f"{target.name}@{one.name}" for one in target.software) or target.name
         raise InputError(
-            f"There is no release '{release}' for '{device}'.",
+            f"There is no release '{release}' for '{target.name}'.",
             f"There are: {known}.",
             "Pick one of those, or leave it out.",
         )

@@ -277,7 +277,7 @@ def tiny_engine() -> Engine:
         lowering="grouped",
         lowering_ms={"grouped": 0.5},
         graph=graph,
-        payload=build(graph.model),
+        payload=build(graph.model).payload,
         golden=Golden(feeds, evaluate(graph.model, feeds), 1e-4),
     )
     return Engine(

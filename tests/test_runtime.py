@@ -308,7 +308,7 @@ def test_self_test_passes(session: Session) -> None:
 
 
 def test_self_test_fails_on_another_payload(engine: Engine) -> None:
-    other = build(fuse(student(seed=9)).model)
+    other = build(fuse(student(seed=9)).model).payload
     program = replace(engine.programs["main"], payload=other)
     with (
         load(replace(engine, programs={"main": program})) as session,
@@ -318,7 +318,7 @@ def test_self_test_fails_on_another_payload(engine: Engine) -> None:
 
 
 def test_self_test_names_the_program_that_is_wrong(engine: Engine) -> None:
-    right, other = engine.programs["main"], build(fuse(student(seed=9)).model)
+    right, other = engine.programs["main"], build(fuse(student(seed=9)).model).payload
     programs = {"main": right, "step": right}
     with load(replace(engine, programs=programs)) as session:
         assert set(session.self_test()) == {"main", "step"}

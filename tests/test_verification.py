@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import hydra_edge as he
-from hydra_edge import backends, tasks
+from hydra_edge import backends, programs, tasks
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.errors import GateError, InputError
 from hydra_edge.exporting import summarize
@@ -237,7 +237,7 @@ def test_a_graph_is_opened_once(reference: Graph, monkeypatch: pytest.MonkeyPatc
     backend = backends.find("onnxruntime")
     real = backend.open
 
-    def counting(payload: bytes, threads: int | None) -> backends.Runner:
+    def counting(payload: bytes, threads: int | None, facts: object = None) -> programs.Runner:
         opened.append(payload)
         return real(payload, threads)
 

@@ -68,6 +68,8 @@ class Program:
         graph: The canonical fused graph.
         payload: What the backend loads.
         golden: The recorded batch.
+        notes: What the builder has to say about it, a sentence each.
+        facts: What has to be so where it is loaded; of a program that is not built, how to build.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -79,6 +81,8 @@ class Program:
     graph: Graph = field(repr=False)
     payload: bytes = field(repr=False)
     golden: Golden = field(repr=False)
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,11 @@ class Engine:
     metrics: Mapping[str, float]
     tools: Mapping[str, str]
     programs: Mapping[str, Program]
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it can be loaded; else it holds what its target needs to build it."""
+        return all(program.payload for program in self.programs.values())
 
     @property
     def size_bytes(self) -> int:
@@ -178,6 +187,8 @@ class Engine:
                     "golden_inputs": list(program.golden.inputs),
                     "golden_outputs": list(program.golden.outputs),
                     "tolerance": program.golden.tolerance,
+                    "notes": list(program.notes),
+                    "facts": dict(program.facts),
                 }
                 for name, program in self.programs.items()
             },
@@ -298,6 +309,8 @@ class _Reader:
             graph=Graph.parse(self.members[f"graphs/{name}.onnx"], f"{self.origin}:graphs/{name}"),
             payload=self.members[f"programs/{name}.bin"],
             golden=Golden(golden["inputs"], golden["outputs"], tolerance),
+            notes=tuple(_list(entry.get("notes", []))),
+            facts={str(key): value for key, value in entry.get("facts", {}).items()},
         )
 
     def _npy(self, member: str) -> Array:

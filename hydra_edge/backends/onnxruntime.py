@@ -16,15 +16,38 @@ import onnx
 import onnxruntime as ort
 
 from hydra_edge import ops, weightless
-from hydra_edge.backends import BuildRequest
+from hydra_edge.artifacts.graph import Json
 from hydra_edge.errors import CompilationError, InputError
+from hydra_edge.programs import BuildRequest, Built
 
 Array = npt.NDArray[np.generic]
 
 # What is worth timing here: see hydra_edge/lowering.py. Which one wins depends on the shapes,
 # because ONNX Runtime prepacks the weights of Gemm but not those of a batched MatMul.
 LOWERINGS: tuple[str, ...] = ("grouped", "wide", "separate")
-RUNS_HERE = True
+
+
+SEVERAL_TARGETS = False
+
+
+def builds_elsewhere(request: BuildRequest) -> str:
+    """Never.
+
+    Raises:
+        InputError: An option of a builder that ONNX Runtime is not.
+    """
+    if asked := request.options.asked_for():
+        raise InputError(
+            f"The target '{request.name}' was asked for {', '.join(asked)}.",
+            "That is for TensorRT; ONNX Runtime optimizes a graph when it loads it.",
+            "Leave it out, or compile for a GPU.",
+        )
+    return ""
+
+
+def runs_here(request: BuildRequest) -> bool:
+    """Always: it is part of the base install."""
+    return True
 
 
 def versions() -> dict[str, str]:
@@ -32,14 +55,18 @@ def versions() -> dict[str, str]:
     return {"onnx": onnx.__version__, "onnxruntime": ort.__version__}
 
 
-def build(model: onnx.ModelProto, request: BuildRequest | None = None) -> bytes:
-    """Inline the local functions and let ONNX Runtime prove that it takes the result."""
+def build(model: onnx.ModelProto, request: BuildRequest | None = None) -> Built:
+    """Inline the local functions and let ONNX Runtime prove that it takes the result.
+
+    Raises:
+        CompilationError: It does not.
+    """
     payload: bytes = ops.inline(model).SerializeToString(deterministic=True)
     open(payload, threads=1)
-    return payload
+    return Built(payload)
 
 
-def open(payload: bytes, threads: int | None) -> _Runner:
+def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None = None) -> _Runner:
     """Load a program with ``threads`` intra-op threads; None means one per physical core."""
     return _Runner(payload, threads)
 

@@ -1,25 +1,61 @@
 """TensorRT-RTX: engines for GeForce RTX cards, built with a GPU or without.
 
-It reads standard ONNX and knows no plugins: heads become the MatMuls of the lowering "qdq". An
-engine is built for one generation of cards; the card's own kernels are compiled at load.
+It reads standard ONNX and knows no plugins: heads become the MatMuls of the lowering "qdq". One
+engine serves several generations of cards; each card's own kernels are compiled when it is loaded.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from hydra_edge import ops
-from hydra_edge.backends import BuildRequest, Runner
-from hydra_edge.errors import CompilationError, DeviceMismatchError, require
+from hydra_edge.artifacts.graph import Json
+from hydra_edge.errors import DeviceMismatchError, InputError, require
+from hydra_edge.gpu.building import Product
+from hydra_edge.gpu.building import build as build_engine
+from hydra_edge.programs import BuildRequest, Built, Runner
 
 if TYPE_CHECKING:
     import types
 
 LOWERINGS = ("qdq",)
-RUNS_HERE = False
+_NAME = "TensorRT-RTX"
+_MISSING = {
+    "timing_cache": "It times nothing when it builds: each card chooses when it loads the engine.",
+    "optimization_level": "It chooses its kernels on the card, not in the build.",
+    "hardware_compatible": "Its engines name the generations that they run on.",
+    "dla_core": "GeForce cards have no such accelerator.",
+    "refittable": "Without a GPU its builder gives no such engine.",
+    "strip_weights": "Without a GPU its builder gives no such engine.",
+    "version_compatible": "Without a GPU its builder gives no such engine.",
+}
+
+
+SEVERAL_TARGETS = True
+
+
+def builds_elsewhere(request: BuildRequest) -> str:
+    """Never: it needs no GPU.
+
+    Raises:
+        InputError: An option that TensorRT-RTX does not have.
+        MissingDependencyError: It is not installed.
+    """
+    for name in request.options.asked_for(*_MISSING):
+        fix = "Leave it out"
+        if name == "hardware_compatible":
+            fix += ", and name all targets: --target rtx-3090,rtx-4090,rtx-5090"
+        raise InputError(f"{_NAME} was asked for {name}.", _MISSING[name], f"{fix}.")
+    _library()
+    return ""
+
+
+def runs_here(request: BuildRequest) -> bool:
+    """Never: this version builds such engines and runs none."""
+    return False
 
 
 def versions() -> dict[str, str]:
@@ -31,36 +67,31 @@ def versions() -> dict[str, str]:
     }
 
 
-def build(model: onnx.ModelProto, request: BuildRequest) -> bytes:
-    """Build an engine for the generation of cards that the target belongs to.
+def build(model: onnx.ModelProto, request: BuildRequest) -> Built:
+    """Build an engine for the generations of cards that the target belongs to.
 
     Raises:
         CompilationError: TensorRT-RTX refused the model; its own words are in the message.
         MissingDependencyError: It is not installed.
     """
     trt = _library()
-    log = _Log(trt)
-    builder = trt.Builder(log.logger)
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(flags)
-    parser = trt.OnnxParser(network, log.logger)
-    inlined = ops.inline(model)
-    if not parser.parse(inlined.SerializeToString(deterministic=True)):
-        said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise _refused(request, said or log.errors)
-    config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, request))
-    config.num_compute_capabilities = 1
-    gpu = request.target.gpu
-    assert gpu is not None
-    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{gpu.compute_capability}"), 0)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise _refused(request, log.errors)
-    return bytes(engine)
+    generations = sorted({gpu.compute_capability for gpu in request.gpus})
+
+    def configure(builder: Any, network: Any, config: Any) -> None:
+        config.num_compute_capabilities = len(generations)
+        for index, generation in enumerate(generations):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{generation}"), index)
+
+    plan = build_engine(Product(_NAME, trt, configure), model, request)
+    facts: dict[str, Json] = {
+        "product": "tensorrt-rtx",
+        "version": trt.__version__,
+        "compute_capabilities": list(generations),
+    }
+    return Built(plan.data, plan.notes, facts)
 
 
-def open(payload: bytes, threads: int | None) -> Runner:
+def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None = None) -> Runner:
     """Refuse: nothing here runs on a GPU yet.
 
     Raises:
@@ -70,50 +101,6 @@ def open(payload: bytes, threads: int | None) -> Runner:
         f"An engine of TensorRT-RTX, {len(payload)} bytes, was to be opened.",
         "This version of hydra-edge builds such engines, and runs none.",
         "Compile the graph for 'cpu' to run it with hydra-edge.",
-    )
-
-
-class _Log:
-    """What TensorRT-RTX says, kept for our exceptions."""
-
-    def __init__(self, trt: types.ModuleType) -> None:
-        errors: list[str] = []
-        severe = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
-
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity in severe:
-                    errors.append(message.strip())
-
-        self.errors, self.logger = errors, Logger()
-
-
-def _profile(builder: Any, network: Any, request: BuildRequest) -> Any:
-    """Every input from the smallest to the largest batch."""
-    profile = builder.create_optimization_profile()
-    fixed = {spec.name: spec.shape[1:] for spec in request.inputs}
-    for index in range(network.num_inputs):
-        name = network.get_input(index).name
-        open_axes = [size for size in fixed[name] if not isinstance(size, int)]
-        if open_axes:
-            raise CompilationError(
-                f"The input '{name}' has the open axes {', '.join(map(str, open_axes))}.",
-                "An engine needs a range for each; only that of the batch is known.",
-                "Export the model with fixed sizes for all axes but the batch.",
-            )
-        profile.set_shape(name, *((size, *fixed[name]) for size in request.batch))
-    return profile
-
-
-def _refused(request: BuildRequest, said: list[str]) -> CompilationError:
-    words = " ".join(said)[:2000] or "It gave no reason."
-    return CompilationError(
-        f"TensorRT-RTX built no engine for {request.target.name}.",
-        f"It said: {words}",
-        "Try --precision fp16, or see what TensorRT-RTX says about the operator it names.",
     )
 
 

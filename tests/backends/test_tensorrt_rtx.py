@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from onnx_models import conv_student, feeds_for, mlp_heads
 from hydra_edge import lowering, pipeline, runtime, targets
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.graph import Graph
-from hydra_edge.backends import BuildRequest, tensorrt_rtx
+from hydra_edge.backends import tensorrt_rtx
 from hydra_edge.compilation import CompileOptions, compile
 from hydra_edge.errors import (
     CompilationError,
@@ -22,6 +23,7 @@ from hydra_edge.errors import (
     MissingDependencyError,
 )
 from hydra_edge.fusion import fuse
+from hydra_edge.programs import BuildOptions, BuildRequest
 from hydra_edge.quantization import quantize
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -103,7 +105,7 @@ def test_fp8_is_refused_before_the_builder_is_asked() -> None:
 
 def test_an_open_axis_is_named() -> None:
     source = graph()
-    request = BuildRequest(targets.find("rtx-4090"), source.inputs, (1, 8, 32))
+    request = BuildRequest((targets.find("rtx-4090"),), source.inputs, (1, 8, 32))
     spec = source.inputs[0]
     odd = replace(request, inputs=(replace(spec, shape=(spec.shape[0], "length")),))
     with pytest.raises(CompilationError, match="open axes length"):
@@ -115,7 +117,7 @@ def test_its_own_words_are_in_the_message() -> None:
     turing = targets.find("rtx-4090")
     assert turing.gpu is not None
     turing = replace(turing, name="turing", gpu=replace(turing.gpu, compute_capability=75))
-    request = BuildRequest(turing, source.inputs, (1, 8, 32))
+    request = BuildRequest((turing,), source.inputs, (1, 8, 32))
     with pytest.raises(CompilationError, match="FP32 GEMM is not supported"):
         tensorrt_rtx.build(source.model, request)
 
@@ -136,3 +138,130 @@ def test_equal_graphs_are_recorded_alike() -> None:
     golden = [engine.programs["main"].golden for engine in (first, second)]
     for name, array in golden[0].outputs.items():
         np.testing.assert_array_equal(array, golden[1].outputs[name])
+
+
+def test_one_engine_for_several_generations() -> None:
+    alone = built("fp16", "rtx-4090").programs["main"]
+    engine = built("fp16", "rtx-3090, rtx-4090,rtx-5090,rtx-5080")
+    assert engine.target == "rtx-3090,rtx-4090,rtx-5090,rtx-5080"
+    program = engine.programs["main"]
+    assert program.facts["compute_capabilities"] == [86, 89, 120]
+    assert program.payload != alone.payload
+    assert len(program.payload) < 2 * len(alone.payload)  # weights are there once
+
+
+def test_a_precision_that_one_of_them_lacks() -> None:
+    source = graph()
+    stored = quantize(source, "fp8", calibration=feeds_for(source, 40))
+    with pytest.raises(CompilationError, match="stored in fp8, for rtx-3090"):
+        compile(stored, "rtx-4090,rtx-3090")
+
+
+@pytest.mark.parametrize("others", ["cpu", "jetson-agx-orin", "rtx-3090,l4"])
+def test_what_one_engine_cannot_serve(others: str) -> None:
+    with pytest.raises(InputError, match="One engine was asked for"):
+        compile(graph(), f"rtx-4090,{others}")
+    with pytest.raises(InputError, match="Only an engine of TensorRT-RTX serves several devices"):
+        compile(graph(), "jetson-agx-orin,jetson-orin-nano")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"refittable": True}, "Without a GPU its builder gives no such engine"),
+        ({"timing_cache": Path("t.cache")}, "It times nothing when it builds"),
+        ({"dla_core": 0}, "GeForce cards have no such accelerator"),
+        ({"hardware_compatible": True}, "name all targets: --target rtx-3090"),
+        ({"optimization_level": 5}, "It chooses its kernels on the card"),
+    ],
+)
+def test_options_that_it_does_not_have(option: dict[str, object], words: str) -> None:
+    options = CompileOptions(build=BuildOptions(**option))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=words):
+        compile(graph(), "rtx-4090", options=options)
+
+
+def test_a_note_says_what_was_not_built() -> None:
+    (note,) = built("int4-weight-only", "rtx-4090").programs["main"].notes
+    assert note.startswith("not as 'qdq': The heads")
+
+
+def test_tf32_is_off_unless_asked_for() -> None:
+    source = graph()
+    plain, fast = (
+        compile(source, "rtx-4090", options=CompileOptions(build=BuildOptions(tf32=tf32)))
+        for tf32 in (False, True)
+    )
+    assert plain.programs["main"].payload != fast.programs["main"].payload
+
+
+def test_several_profiles() -> None:
+    one, two = (
+        compile(graph(), "rtx-4090", options=CompileOptions(build=BuildOptions(profiles=ranges)))
+        for ranges in ((), ((1, 1, 1),))
+    )
+    assert one.programs["main"].payload != two.programs["main"].payload
+
+
+def test_a_plugin_node_never_reaches_the_parser() -> None:
+    """With a creator for the node the parser would end the process: here is proof, and our guard.
+
+    Each in a process of its own.
+    """
+    script = f"""
+import subprocess
+import sys
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import tensorrt_rtx as trt
+from onnx_models import feeds_for, student
+from hydra_edge import lowering, ops, targets
+from hydra_edge.backends import tensorrt_rtx
+from hydra_edge.errors import CompilationError
+from hydra_edge.fusion import fuse
+from hydra_edge.programs import BuildOptions, BuildRequest
+from hydra_edge.quantization import quantize
+
+class Creator(trt.IPluginCreatorV3One):
+    def __init__(self):
+        trt.IPluginCreatorV3One.__init__(self)
+        self.name, self.plugin_version, self.plugin_namespace = "HydraHeads", "1", "hydra"
+        self.field_names = trt.PluginFieldCollection([])
+    def create_plugin(self, name, fields, phase):
+        return Plugin()
+
+class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+    def __init__(self):
+        trt.IPluginV3.__init__(self)
+        trt.IPluginV3OneCore.__init__(self)
+        trt.IPluginV3OneBuild.__init__(self)
+        trt.IPluginV3OneRuntime.__init__(self)
+        self.plugin_name, self.plugin_version, self.plugin_namespace = "HydraHeads", "1", "hydra"
+        self.num_outputs = 6
+    def get_capability_interface(self, kind):
+        return self
+
+source = student(k=16)
+graph = lowering.lower(fuse(quantize(source, "fp16")), "plugin")
+creator = Creator()
+trt.get_plugin_registry().register_creator(creator, "hydra")
+if sys.argv[1] == "ours":
+    request = BuildRequest((targets.find("rtx-4090"),), graph.inputs, (1, 2, 4))
+    try:
+        tensorrt_rtx.build(graph.model, request)
+    except CompilationError as refused:
+        print(refused)
+else:
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    trt.OnnxParser(network, logger).parse(ops.inline(graph.model).SerializeToString())
+    print("parsed")
+"""
+    ours, bare = (
+        subprocess.run([sys.executable, "-c", script, who], capture_output=True, text=True)
+        for who in ("ours", "bare")
+    )
+    assert ours.returncode == 0, ours.stderr
+    assert "The graph holds the plugin node 'HydraHeads', for TensorRT-RTX" in ours.stdout
+    assert "ends the process" in ours.stdout
+    assert bare.returncode < 0  # a signal: nothing to catch
+    assert "parsed" not in bare.stdout

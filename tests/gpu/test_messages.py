@@ -1,0 +1,51 @@
+"""What TensorRT says is kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from hydra_edge.gpu.messages import Messages
+
+trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+Severity = trt.ILogger.Severity
+
+
+def test_errors_before_warnings_and_each_once() -> None:
+    messages = Messages(trt)
+    assert messages.words() == "It gave no reason."
+    messages.logger.log(Severity.WARNING, "a warning\n")
+    assert messages.words() == "a warning"
+    for _ in range(2):
+        messages.logger.log(Severity.ERROR, "[convolution] no kernel")
+    messages.logger.log(Severity.INTERNAL_ERROR, "worse")
+    messages.logger.log(Severity.INFO, "nothing to keep")
+    assert messages.words() == "[convolution] no kernel worse"
+    assert messages.warnings == ["a warning"]
+
+
+def test_a_long_story_is_cut() -> None:
+    messages = Messages(trt)
+    messages.logger.log(Severity.ERROR, "x" * 10_000)
+    assert len(messages.words()) == 2000
+
+
+def test_skipped_tactics_are_counted() -> None:
+    messages = Messages(trt)
+    for text in (
+        "UNSUPPORTED_STATE: Skipping tactic 0 due to insufficient memory on requested size of 9",
+        "Skipping tactic 3 due to exception autotuning",
+        "Using default for use_dla",
+    ):
+        messages.logger.log(Severity.WARNING, text)
+    assert messages.skipped_tactics() == 2
+
+
+def test_layers_that_a_dla_does_not_take() -> None:
+    messages = Messages(trt)
+    for text in (
+        "Default DLA is enabled but layer body/Gather is not supported on DLA.",
+        "DLA Layer head/Relu does not support dynamic shapes in any dimension.",
+        "Default DLA is enabled but layer body/Gather is not supported on DLA.",
+    ):
+        messages.logger.log(Severity.WARNING, text)
+    assert messages.left_to_the_gpu() == ("body/Gather", "head/Relu")
