@@ -14,7 +14,7 @@ import hydra_edge
 from hydra_edge import backends, detection, equivalence, lowering
 from hydra_edge.artifacts.arrays import check_arrays
 from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
-from hydra_edge.artifacts.graph import Graph, TensorSpec
+from hydra_edge.artifacts.graph import Graph, Json, TensorSpec
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import CompilationError, HydraError, InputError, MissingDependencyError
 from hydra_edge.precision import Precision
@@ -25,6 +25,7 @@ Array = npt.NDArray[np.generic]
 _TIMING_SECONDS = 0.5  # per candidate lowering, in all rounds together
 _TIMING_ROUNDS = 7
 _GAIN = 0.96  # one program timed twice differs by a few percent: benchmarks/results/fused-cpu.json
+BUILD_OPTIONS = "build_options"  # among a program's facts
 UNFUSED = "unfused"  # what a program's lowering is called when separate branches were faster
 
 
@@ -116,7 +117,7 @@ def compile(
     )
     elsewhere = backend.builds_elsewhere(request)
     if elsewhere:
-        program = replace(program, notes=(elsewhere,), facts=options.build.to_json())
+        program = replace(program, notes=(elsewhere,), facts=_asked(options))
     else:
         sources = _sources(graph, unfused, backend, options)
         program = _built(program, sources, backend, request, options)
@@ -214,6 +215,12 @@ def _sources(
     return [(name, unfused if name == UNFUSED and unfused else graph) for name in names]
 
 
+def _asked(options: CompileOptions) -> dict[str, Json]:
+    """What a program's facts say of how it was, or is to be, built."""
+    asked = options.build.to_json()
+    return {BUILD_OPTIONS: asked} if asked else {}
+
+
 @dataclass(frozen=True)
 class _Candidate:
     """One lowering, built."""
@@ -252,10 +259,10 @@ def _built(
         lowering=best,
         lowering_ms=timings,
         graph=kept.source,
-        payload=kept.built.payload,
+        payload=kept.built.stripped or kept.built.payload,
         golden=kept.record,
         notes=(*kept.built.notes, *others),
-        facts=kept.built.facts,
+        facts={**kept.built.facts, **_asked(options)},
     )
 
 

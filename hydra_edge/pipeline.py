@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from hydra_edge import twins
 from hydra_edge.artifacts.arrays import check_arrays, to_numpy
 from hydra_edge.artifacts.engine import MAIN, Engine
-from hydra_edge.artifacts.graph import Graph
-from hydra_edge.compilation import CompileOptions, compile
-from hydra_edge.errors import GateError, InputError
+from hydra_edge.artifacts.graph import Graph, Json
+from hydra_edge.compilation import BUILD_OPTIONS, CompileOptions, compile
+from hydra_edge.errors import DeviceMismatchError, GateError, InputError
 from hydra_edge.fusion import fuse
+from hydra_edge.programs import BuildOptions
 from hydra_edge.quantization import Calibration, CalibrationOptions, Precision, quantize
 from hydra_edge.verification import Gates, verify
 
@@ -59,7 +61,7 @@ def build(
 
     Returns:
         The engine. Its ``metrics`` hold the verification's figures and, for lower precisions, the
-        p50 latency of its fp32 twin in milliseconds.
+        p50 latency in milliseconds of its twin: the same graph in fp16, on a CPU in fp32.
 
     Raises:
         GateError: The engine drifted too far from ``graph``.
@@ -79,11 +81,10 @@ def build(
     engine = compile(fused, target, options=options, golden=golden, unfused=lowered)
     runs = bool(engine.programs[MAIN].lowering_ms)
     metrics = {"p50_ms": _p50(engine)} if runs else {}
-    if wanted != Precision() and runs:
-        on_step("time the fp32 twin")
-        metrics["p50_ms_fp32_twin"] = _p50(
-            compile(fuse(graph), target, options=options, unfused=graph)
-        )
+    plain = _PLAIN[engine.backend]
+    if wanted not in (Precision(), plain) and runs:
+        on_step(f"time the {plain} twin")
+        metrics[f"p50_ms_{plain}_twin"] = _p50(_twin(graph, plain, target, options))
     if data is not None:
         judged = engine if runs else fused
         on_step(
@@ -97,10 +98,93 @@ def build(
     return replace(engine, metrics={name: float(value) for name, value in metrics.items()})
 
 
+def rebuild(
+    engine: Engine,
+    target: str | None = None,
+    *,
+    options: CompileOptions | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Engine:
+    """Build an engine again from the graphs in it, on this machine.
+
+    What was packed up elsewhere becomes an engine here, and an engine of another device one of
+    this. Precision and the recorded batch stay.
+
+    Args:
+        engine: Any engine, built or not.
+        target: A name from `hydra-edge targets`; by default what it was packed up for.
+        options: See `compile`; by default its batch range and how it was to be built.
+        on_step: Called with a line about each step as it begins.
+
+    Returns:
+        The engine, with the figures measured here in place of those measured elsewhere.
+
+    Raises:
+        DeviceMismatchError: This machine cannot build for the target.
+        HydraError: See `compile`.
+    """
+    target = target or engine.target
+    programs = {}
+    for name, program in engine.programs.items():
+        how = options or CompileOptions(batch=program.batch, build=build_options(engine))
+        on_step(f"compile {name} for {target}")
+        golden = program.golden.inputs
+        fused = fuse(program.graph)
+        built = compile(fused, target, options=how, golden=golden, unfused=program.graph)
+        programs[name] = built.programs[MAIN]
+        if not built.is_built:
+            raise DeviceMismatchError(
+                f"An engine for {built.target} cannot be built on this machine.",
+                programs[name].notes[0],
+                "Copy the file to the device, and call `hydra-edge compile FILE.hydra` there.",
+            )
+    measured = {key: v for key, v in engine.metrics.items() if not key.startswith("p50_ms")}
+    result = replace(built, programs=programs, metrics=measured)
+    timed = bool(result.programs[MAIN].lowering_ms)
+    plain = _PLAIN[result.backend]
+    if timed:
+        measured["p50_ms"] = _p50(result)
+    if timed and engine.precision not in ("fp32", str(plain)):
+        on_step(f"time the {plain} twin")
+        float_graph = twins.in_floats(engine.programs[MAIN].graph)
+        measured[f"p50_ms_{plain}_twin"] = _p50(_twin(float_graph, plain, target, how))
+    return replace(result, metrics=measured, calibration_sha256=engine.calibration_sha256)
+
+
+def build_options(engine: Engine) -> BuildOptions:
+    """How an engine was, or is to be, built."""
+    facts = next(iter(engine.programs.values())).facts
+    known: dict[str, Json] = facts.get(BUILD_OPTIONS, {})  # type: ignore[assignment]
+    return BuildOptions.from_json(known)
+
+
 def pays(engine: Engine) -> bool | None:
-    """Whether lower precision made the engine faster than its fp32 twin; None if not measured."""
-    twin = engine.metrics.get("p50_ms_fp32_twin")
-    return None if twin is None else engine.metrics["p50_ms"] < twin
+    """Whether lower precision made the engine faster than its twin; None if not measured."""
+    twin = twin_of(engine)
+    return None if twin is None else engine.metrics["p50_ms"] < twin[1]
+
+
+def twin_of(engine: Engine) -> tuple[str, float] | None:
+    """Precision and p50 latency in milliseconds of the twin, if one was timed."""
+    for precision in ("fp16", "fp32"):
+        if f"p50_ms_{precision}_twin" in engine.metrics:
+            return precision, engine.metrics[f"p50_ms_{precision}_twin"]
+    return None
+
+
+# What an engine in few bits has to beat: the plain choice of its users.
+_PLAIN = {
+    "onnxruntime": Precision(),
+    "tensorrt": Precision("fp16", "fp16"),
+    "tensorrt_rtx": Precision("fp16", "fp16"),
+}
+
+
+def _twin(
+    graph: Graph, precision: Precision, target: str, options: CompileOptions | None
+) -> Engine:
+    plain = quantize(graph, precision) if precision != Precision() else graph
+    return compile(fuse(plain), target, options=options, unfused=plain)
 
 
 def _check_data(graph: Graph, data: object) -> None:

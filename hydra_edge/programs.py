@@ -31,7 +31,8 @@ class BuildOptions:
         hardware_compatible: One engine for every GPU from Ampere on, somewhat slower.
         version_compatible: An engine that later versions of TensorRT load.
         refittable: Weights can be changed without a build, see `hydra_edge.refit`.
-        strip_weights: Leave the weights out of the engine; they are filled in when it is loaded.
+        strip_weights: Leave out weights that the graph beside the engine has, too; they are filled
+            in when it is loaded. Implies refittable.
         dla_core: The deep-learning accelerator to use, where the GPU is not needed.
         progress: Show a progress bar.
     """
@@ -135,11 +136,13 @@ class Built:
         payload: What `Backend.open` loads.
         notes: What the user should know about it, a sentence each.
         facts: What has to be so where it is loaded; `Backend.open` checks it before it loads.
+        stripped: The payload without its weights, where that was asked for.
     """
 
     payload: bytes
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Json] = field(default_factory=dict)
+    stripped: bytes = b""
 
 
 class Runner(Protocol):
@@ -185,6 +188,17 @@ class Backend(Protocol):
         Raises:
             CompilationError: The backend refused it; its own words are in the message.
             InputError: It does not have one of the options.
+        """
+        ...
+
+    def refit(
+        self, payload: bytes, weights: Mapping[str, Array], facts: Mapping[str, Json]
+    ) -> Built:
+        """What `build` made, with other values for some weights of its model, by name.
+
+        Raises:
+            DeviceMismatchError: It cannot change weights, or not here.
+            InputError: It has no weight of that name.
         """
         ...
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hydra_edge.artifacts.report import Report
     from hydra_edge.compilation import CompileOptions
     from hydra_edge.mixed_precision import Mix
+    from hydra_edge.programs import BuildOptions
     from hydra_edge.sensitivity import Sensitivity
 
 
@@ -130,18 +131,25 @@ def parse_integers(text: str, option: str) -> tuple[int, ...]:
         ) from exc
 
 
-def parse_compile_options(batch: str, threads: int | None, lowering: str | None) -> CompileOptions:
-    """The options of `compile` that the command line spells its own way."""
-    from hydra_edge.compilation import CompileOptions
-
-    sizes = parse_integers(batch, "--batch")
+def parse_batch(text: str, option: str) -> tuple[int, int, int]:
+    """Read a smallest, a best and a largest batch."""
+    sizes = parse_integers(text, option)
     if len(sizes) != 3:
         raise InputError(
-            f"--batch names {len(sizes)} sizes.",
+            f"{option} names {len(sizes)} sizes.",
             "An engine has a smallest, a best and a largest batch.",
             "Write e.g. 1,8,32.",
         )
-    return CompileOptions(batch=(sizes[0], sizes[1], sizes[2]), threads=threads, lowering=lowering)
+    return sizes[0], sizes[1], sizes[2]
+
+
+def parse_compile_options(
+    batch: str, threads: int | None, lowering: str | None, build: BuildOptions
+) -> CompileOptions:
+    """The options of `compile` that the command line spells its own way."""
+    from hydra_edge.compilation import CompileOptions
+
+    return CompileOptions(parse_batch(batch, "--batch"), threads, lowering, build)
 
 
 def parse_shapes(text: str) -> list[tuple[int, ...]]:

@@ -66,6 +66,25 @@ def build(model: onnx.ModelProto, request: BuildRequest | None = None) -> Built:
     return Built(payload)
 
 
+def refit(payload: bytes, weights: Mapping[str, Array], facts: Mapping[str, Json]) -> Built:
+    """The program with other values for some initializers.
+
+    Raises:
+        InputError: It has none of that name.
+    """
+    model = onnx.ModelProto.FromString(payload)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    if missing := sorted(set(weights) - set(tensors)):
+        raise InputError(
+            f"The program has no weight '{missing[0]}'.",
+            f"It has {len(tensors)} weights of other names.",
+            "Compile the graph instead.",
+        )
+    for name, values in weights.items():
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
+    return Built(model.SerializeToString(deterministic=True))
+
+
 def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None = None) -> _Runner:
     """Load a program with ``threads`` intra-op threads; None means one per physical core."""
     return _Runner(payload, threads)

@@ -10,14 +10,17 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 from hydra_edge import detection
 from hydra_edge.artifacts.graph import Json
 from hydra_edge.errors import CompilationError, DeviceMismatchError, HydraError, InputError, require
-from hydra_edge.gpu import building, layers, plugin
+from hydra_edge.gpu import building, fit, layers, opening, plugin, refitting
 from hydra_edge.gpu.building import Product
 from hydra_edge.gpu.device import Device
+from hydra_edge.gpu.fit import BuiltFor
 from hydra_edge.gpu.messages import Messages
 from hydra_edge.ops import heads
 from hydra_edge.programs import BuildRequest, Built, Runner
@@ -25,9 +28,10 @@ from hydra_edge.programs import BuildRequest, Built, Runner
 if TYPE_CHECKING:
     import types
 
+Array = npt.NDArray[np.generic]
 LOWERINGS = ("plugin", "qdq")
 SEVERAL_TARGETS = False
-_NAME = "TensorRT"
+_NAME, _PRODUCT = "TensorRT", "tensorrt"
 _OLDEST = (10, 3)
 _AMPERE = 80
 
@@ -86,21 +90,54 @@ def build(model: onnx.ModelProto, request: BuildRequest) -> Built:
         with device.current():
             product = Product(_NAME, trt, _configure(trt, request), device.free_bytes())
             plan = building.build(product, model, request)
-            said = _inspected(trt, model, plan.data)
+            said, stripped = _inspected(trt, model, plan.data, request)
+        machine = fit.find_machine(device, _PRODUCT, str(trt.__version__))
     finally:
         device.close()
-    facts: dict[str, Json] = {}
-    return Built(plan.data, (*plan.notes, said), facts)
+    options = request.options
+    built_for = BuiltFor(
+        product=_PRODUCT,
+        version=machine.version,
+        compute_capabilities=(machine.compute_capability,),
+        hardware="ampere_plus" if options.hardware_compatible else "none",
+        version_compatible=options.version_compatible,
+        jetpack=machine.jetpack,
+        plugin=machine.plugin if ours else None,
+    )
+    facts: dict[str, Json] = {opening.BUILT_FOR: built_for.to_json()}
+    return Built(plan.data, (*plan.notes, said), facts, stripped)
+
+
+def refit(payload: bytes, weights: Mapping[str, Array], facts: Mapping[str, Json]) -> Built:
+    """The engine with other weights, on this GPU. Never run on a device yet.
+
+    Raises:
+        DeviceMismatchError: The engine was not built refittable, or is not for this machine.
+        InputError: It has no weight of that name.
+        MissingDependencyError: TensorRT, PyCUDA or our plugin's library is not installed.
+    """
+    built = opening.require_gpu(facts)
+    trt = _library()
+    device = Device()
+    try:
+        fit.check(built, fit.find_machine(device, _PRODUCT, str(trt.__version__)))
+        if built.plugin is not None:
+            plugin.load(trt)
+        with device.current():
+            return Built(refitting.refit(trt, payload, weights), facts=facts)
+    finally:
+        device.close()
 
 
 def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None = None) -> Runner:
-    """Load an engine on this GPU.
+    """Load an engine on this GPU. Never run on a device yet.
 
     Raises:
         DeviceMismatchError: It was built for something else than is here.
         MissingDependencyError: TensorRT, PyCUDA or our plugin's library is not installed.
     """
-    raise NotImplementedError
+    opening.require_gpu(facts or {})
+    return opening.open_engine(_library(), _PRODUCT, payload, facts or {})
 
 
 def _configure(trt: types.ModuleType, request: BuildRequest) -> Any:
@@ -123,7 +160,10 @@ def _configure(trt: types.ModuleType, request: BuildRequest) -> Any:
     return configure
 
 
-def _inspected(trt: types.ModuleType, model: onnx.ModelProto, plan: bytes) -> str:
+def _inspected(
+    trt: types.ModuleType, model: onnx.ModelProto, plan: bytes, request: BuildRequest
+) -> tuple[str, bytes]:
+    """What the engine computes in, and the engine without weights where that was asked for."""
     messages = Messages(trt)
     runtime = trt.Runtime(messages.logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -133,7 +173,8 @@ def _inspected(trt: types.ModuleType, model: onnx.ModelProto, plan: bytes) -> st
             f"It said: {messages.words()}",
             "Free some memory on the device, and build again.",
         )
-    return layers.check(model, layers.inspect(trt, engine), _NAME)
+    said = layers.check(model, layers.inspect(trt, engine), _NAME)
+    return said, refitting.strip(trt, engine) if request.options.strip_weights else b""
 
 
 def _check_options(request: BuildRequest) -> None:

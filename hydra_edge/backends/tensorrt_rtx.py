@@ -10,17 +10,24 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
+from hydra_edge import detection
 from hydra_edge.artifacts.graph import Json
-from hydra_edge.errors import DeviceMismatchError, InputError, require
+from hydra_edge.errors import DeviceMismatchError, InputError, MissingDependencyError, require
+from hydra_edge.gpu import opening
 from hydra_edge.gpu.building import Product
 from hydra_edge.gpu.building import build as build_engine
+from hydra_edge.gpu.device import Device
+from hydra_edge.gpu.fit import BuiltFor
 from hydra_edge.programs import BuildRequest, Built, Runner
 
 if TYPE_CHECKING:
     import types
 
+Array = npt.NDArray[np.generic]
 LOWERINGS = ("qdq",)
 _NAME = "TensorRT-RTX"
 _MISSING = {
@@ -54,8 +61,17 @@ def builds_elsewhere(request: BuildRequest) -> str:
 
 
 def runs_here(request: BuildRequest) -> bool:
-    """Never: this version builds such engines and runs none."""
-    return False
+    """Where the card of the target is here, with what runs its engines."""
+    here = detection.detect().target.gpu
+    if here is None or {gpu.compute_capability for gpu in request.gpus} != {
+        here.compute_capability
+    }:
+        return False
+    try:
+        Device().close()
+    except MissingDependencyError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str]:
@@ -83,25 +99,32 @@ def build(model: onnx.ModelProto, request: BuildRequest) -> Built:
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{generation}"), index)
 
     plan = build_engine(Product(_NAME, trt, configure), model, request)
-    facts: dict[str, Json] = {
-        "product": "tensorrt-rtx",
-        "version": trt.__version__,
-        "compute_capabilities": list(generations),
-    }
-    return Built(plan.data, plan.notes, facts)
+    built_for = BuiltFor("tensorrt_rtx", str(trt.__version__), tuple(generations))
+    return Built(plan.data, plan.notes, {opening.BUILT_FOR: built_for.to_json()})
 
 
-def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None = None) -> Runner:
-    """Refuse: nothing here runs on a GPU yet.
+def refit(payload: bytes, weights: Mapping[str, Array], facts: Mapping[str, Json]) -> Built:
+    """Refuse: there are no refittable engines of TensorRT-RTX.
 
     Raises:
         DeviceMismatchError: Always.
     """
     raise DeviceMismatchError(
-        f"An engine of TensorRT-RTX, {len(payload)} bytes, was to be opened.",
-        "This version of hydra-edge builds such engines, and runs none.",
-        "Compile the graph for 'cpu' to run it with hydra-edge.",
+        f"{len(weights)} weights of an engine of TensorRT-RTX were to be replaced.",
+        _MISSING["refittable"],
+        "Compile the new graph: that takes seconds.",
     )
+
+
+def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None = None) -> Runner:
+    """Load an engine on the card that is here. This has never run on one.
+
+    Raises:
+        DeviceMismatchError: It was built for something else than is here.
+        MissingDependencyError: TensorRT-RTX, PyCUDA or the driver is not installed.
+    """
+    opening.require_gpu(facts or {})
+    return opening.open_engine(_library(), "tensorrt_rtx", payload, facts or {})
 
 
 def _library() -> types.ModuleType:

@@ -9,7 +9,6 @@ import typer
 
 from hydra_edge import terminal
 from hydra_edge.cli.app import (
-    Batch,
     CalibrationFile,
     DataFile,
     JsonFlag,
@@ -189,64 +188,6 @@ def merge(
 
     graphs = [Graph.load(path) for path in members]
     terminal.save_graph(exporting.merge(graphs, task=task, logits=logits), output, as_json)
-
-
-@verb
-def compile_(
-    graph: Path,
-    output: Output,
-    target: Annotated[str, typer.Option(help="See `hydra-edge targets`.")] = "cpu",
-    precision: PrecisionText = "fp32",
-    calibration: CalibrationFile = None,
-    method: Method = "minmax",
-    batch: Batch = "1,8,32",
-    threads: Threads = None,
-    lowering: Annotated[
-        str | None, typer.Option(help="Keep this one instead of timing all.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Inputs and labels to verify the engine on (.npz).")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="End a foreign graph in this task's summary first.")
-    ] = None,
-    logits: Annotated[
-        str | None, typer.Option(help="Its per-head output [M,B,C], or M outputs with ','.")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Quantize (if asked), fuse, lower, build and verify: from an ONNX file to an engine."""
-    from hydra_edge import exporting, inspection, pipeline
-    from hydra_edge.artifacts.arrays import load_dataset
-    from hydra_edge.artifacts.graph import Graph
-    from hydra_edge.quantization import CalibrationOptions
-
-    source = Graph.load(graph)
-    if task is not None:
-        names = logits.split(",") if logits and "," in logits else logits
-        source = exporting.summarize(source, task, names)
-    inputs, labels = load_dataset(data, source.inputs) if data else (None, None)
-    engine = pipeline.build(
-        source,
-        target,
-        precision=precision,
-        calibration=calibration,
-        calibration_options=CalibrationOptions(method=method, progress=not as_json),
-        options=terminal.parse_compile_options(batch, threads, lowering),
-        data=inputs,
-        labels=labels,
-        on_step=terminal.show_step,
-    )
-    engine.save(output)
-    terminal.show(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
-    if pipeline.pays(engine) is False and not as_json:
-        from rich.markup import escape
-
-        terminal.console_on().print(
-            f"[yellow]{escape(engine.precision)} does not pay here:[/] "
-            f"{engine.metrics['p50_ms']:.3f} ms against "
-            f"{engine.metrics['p50_ms_fp32_twin']:.3f} ms in fp32. It is smaller, not faster."
-        )
 
 
 @verb

@@ -25,7 +25,7 @@ from hydra_edge.demo import digits, networks
 from hydra_edge.demo.digits import Digits, Images
 from hydra_edge.distillation import DistillationConfig, distill
 from hydra_edge.ensembles import Ensemble, Hydra, load_weights, save_weights
-from hydra_edge.errors import ArtifactError
+from hydra_edge.errors import ArtifactError, MissingDependencyError
 from hydra_edge.exporting import export, merge
 from hydra_edge.measurement import Protocol, benchmark, speedup
 from hydra_edge.pipeline import build
@@ -47,6 +47,7 @@ DISTILLATION = DistillationConfig(
     disagreement_weight=20.0,
     weight_decay=0.0,
 )
+GPUS = {"rtx": "rtx-3090,rtx-4090,rtx-5090", "jetson": "jetson-agx-orin"}
 STUDENT, STUDENT_FP32, UNFUSED = "student int8", "student fp32", "student fp32, unfused"
 MERGED, MERGED_INT8, SESSIONS = "ensemble, merged", "ensemble int8, merged", "ensemble, 10 sessions"
 
@@ -100,7 +101,10 @@ def run_demo(folder: Path, console: Console) -> Report:
     graphs = _export(folder, student, members, data.test[:1], console)
     engines = _compile(folder, graphs, transfer, data, shifted, console)
 
-    console.print("[bold]4  Measure[/] all of them under one protocol")
+    console.print("[bold]4  For GPUs[/]: built here where that needs none, else packed up")
+    _for_gpus(folder, graphs["student"], transfer[:512], data, console)
+
+    console.print("[bold]5  Measure[/] all of them under one protocol")
     report = _measure(engines, data, shifted, console)
     checks = _checks(report, graphs, engines, data, shifted)
     write_atomic(folder / "report.json", report.to_json().encode())
@@ -191,6 +195,24 @@ def _compile(
         assert isinstance(engine, Engine)
         engine.save(folder / f"{name}.hydra")
     return engines
+
+
+def _for_gpus(
+    folder: Path, student: Graph, calibration: Images, data: Digits, console: Console
+) -> None:
+    """Engines of the student that this machine cannot run, as far as it can build them."""
+    for name, target in GPUS.items():
+        path = folder / f"student-{name}.hydra"
+        try:
+            engine = build(
+                student, target, precision="int8", calibration=calibration, data=data.test
+            )
+        except MissingDependencyError as missing:
+            console.print(f"   {target}: [dim]{missing.what} {missing.fix}[/]", highlight=False)
+            continue
+        engine.save(path)
+        made = "built, never run" if engine.is_built else "to be built on the device"
+        console.print(f"   {target}: {made}: {path}", highlight=False)
 
 
 def _measure(

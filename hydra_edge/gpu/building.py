@@ -164,8 +164,7 @@ def _set_flags(trt: types.ModuleType, config: Any, request: BuildRequest) -> Non
     options = request.options
     flags = {
         trt.BuilderFlag.TF32: options.tf32,
-        trt.BuilderFlag.REFIT: options.refittable,
-        trt.BuilderFlag.STRIP_PLAN: options.strip_weights,
+        trt.BuilderFlag.REFIT: options.refittable or options.strip_weights,
         trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
     }
     for flag, wanted in flags.items():

@@ -147,7 +147,7 @@ def test_without_a_gpu_everything_is_packed_up_for_the_device(tmp_path: Path) ->
     assert (program.payload, program.lowering) == (b"", "")
     assert program.notes[0].startswith("TensorRT builds on the GPU it builds for")
     again = type(engine).load(engine.save(tmp_path / "s.hydra")).programs["main"]
-    assert BuildOptions.from_json(again.facts) == options.build
+    assert BuildOptions.from_json(again.facts["build_options"]) == options.build
     assert again.notes == program.notes
 
 
