@@ -7,7 +7,6 @@ import importlib.metadata
 import itertools
 import platform
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +16,18 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from hydra_edge import backends, kernels, targets
+from hydra_edge import detection, fusion, kernels, targets
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.graph import FusionGroup, Graph
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.costs import cost
 from hydra_edge.errors import GraphError, HydraError
 from hydra_edge.fusion import explain
+from hydra_edge.gpu import plugin
 
 if TYPE_CHECKING:
     from hydra_edge.artifacts.graph import Json
     from hydra_edge.mixed_precision import Mix
-    from hydra_edge.planning import Plan
     from hydra_edge.sensitivity import Sensitivity
     from hydra_edge.verification import Verification
 
@@ -63,7 +62,11 @@ _LIBRARIES = (
     ("torchmetrics", "torchmetrics", "metrics", "calibration error"),
     ("matplotlib", "matplotlib", "report", "plots in HTML reports"),
     ("tensorrt_rtx", "tensorrt-rtx", "rtx", "engines for GeForce RTX cards"),
+    ("tensorrt", "tensorrt", "tensorrt", "engines for Jetson and data-center GPUs"),
+    ("pycuda.driver", "pycuda", "tensorrt", "building and running them"),
 )
+_UNSEEN = "it is in {}, which this virtual environment does not see: make one that sees it with "
+_UNSEEN += "`python3 -m venv --system-site-packages`"
 
 
 def describe_graph(graph: Graph) -> Rows:
@@ -102,8 +105,8 @@ def describe_fusion(groups: Sequence[FusionGroup]) -> list[str]:
         lines.append(f"{group.heads} branches{source} that meet in {_MEETING[group.join]}")
         if group.ops:
             lines.append(f"    {_abridged(group.ops)}")
-            figures = f"{_quantity(group.weight_bytes)}B of weights"
-            lines.append(f"    {figures}, {_quantity(group.flops_per_sample)}FLOP per sample")
+            figures = f"{quantity(group.weight_bytes)}B of weights"
+            lines.append(f"    {figures}, {quantity(group.flops_per_sample)}FLOP per sample")
         lines.append("    fused" if group.fused else f"    left alone: {group.reason}")
     return lines or [NOTHING_PARALLEL]
 
@@ -126,7 +129,7 @@ def _abridged(operators: Sequence[str]) -> str:
     return " → ".join(texts)
 
 
-def _quantity(number: int) -> str:
+def quantity(number: int) -> str:
     """Three digits and a prefix."""
     for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit:
@@ -156,9 +159,18 @@ def describe_engine(engine: Engine) -> Rows:
             *(f"in  {spec}" for spec in program.inputs),
             *(f"out {spec}" for spec in program.outputs),
             f"batch {program.batch[0]} to {program.batch[2]}, best {program.batch[1]}",
-            f"lowering {program.lowering} "
-            + (f"(p50 at batch {program.batch[1]}: {timings})" if timings else "(not run)"),
-            *describe_fusion(program.graph.fusion),
+            (
+                f"lowering {program.lowering} "
+                + (f"(p50 at batch {program.batch[1]}: {timings})" if timings else "(not run)")
+                if program.payload
+                else "not built yet"
+            ),
+            *program.notes,
+            *(
+                describe_fusion(program.graph.fusion)
+                if program.payload
+                else ("would be fused:", *describe_fusion(fusion.explain(program.graph)))
+            ),
         ]
     return rows
 
@@ -201,38 +213,68 @@ def describe_prediction(prediction: Prediction, engine: Engine) -> list[Rows]:
     return rows
 
 
-def describe_environment() -> tuple[Rows, bool]:
-    """Rows about this machine, and whether the base install works."""
+def describe_environment(root: Path = Path("/")) -> tuple[Rows, bool]:
+    """Rows about this machine, and whether the base install works.
+
+    Args:
+        root: Where its files begin.
+    """
+    here = detection.detect(root)
     rows: Rows = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "compiles for": [
-            f"{t.name} ({', '.join(t.precisions)})"
-            for t in targets.TARGETS
-            if backends.build_for(t)
-        ],
+        "gpu": here.found,
+        "system": here.system or "no NVIDIA driver",
+        "local target": here.target.name,
     }
     healthy = True
     missing: dict[str, list[str]] = {}
     for module, distribution, extra, purpose in _LIBRARIES:
         problem = _import_problem(module)
         if not problem:
-            rows[distribution] = f"{importlib.metadata.version(distribution)} ({purpose})"
+            rows[distribution] = f"{_version(module, distribution)} ({purpose})"
             continue
         healthy = healthy and extra is not None
-        package = f"hydra-edge[{extra}]" if extra else "hydra-edge"
         rows[distribution] = f"missing ({problem}): needed for {purpose}"
-        missing.setdefault(f"pip install '{package}'", []).append(distribution)
-    rows["gpu"] = (
-        "nvidia-smi found; this version compiles for the CPU only"
-        if shutil.which("nvidia-smi")
-        else "no NVIDIA driver found"
-    )
+        if unseen := next(root.glob(f"usr/lib/python3*/dist-packages/{module}"), None):
+            rows[distribution] = f"{rows[distribution]}; {_UNSEEN.format(unseen.parent)}"
+            continue
+        command = _installation(distribution, extra, here.target.is_jetson)
+        missing.setdefault(command, []).append(distribution)
     rows["cuda kernels"] = _kernels()
+    rows["tensorrt plugin"] = _plugins()
     rows["to install"] = [f"{command}  (for {', '.join(n)})" for command, n in missing.items()] or (
         "nothing: all of it is here"
     )
     return rows, healthy
+
+
+def _installation(distribution: str, extra: str | None, on_jetson: bool) -> str:
+    """The command that brings a library; a Jetson's TensorRT is that of its JetPack."""
+    if on_jetson and extra == "tensorrt":
+        is_tensorrt = distribution == "tensorrt"
+        return "sudo apt install nvidia-jetpack" if is_tensorrt else f"pip install {distribution}"
+    return f"pip install 'hydra-edge[{extra}]'" if extra else "pip install hydra-edge"
+
+
+def _version(module: str, distribution: str) -> str:
+    """Of an installed library; a package of the system may be known to Python alone."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(importlib.import_module(module), "__version__", "of unknown version"))
+
+
+def _plugins() -> str:
+    """For which versions of TensorRT our plugin is installed."""
+    releases = [
+        one for target in targets.TARGETS if target.backend == "tensorrt" for one in target.software
+    ]
+    majors = sorted({int(one.tensorrt.split(".")[0]) for one in releases})
+    there = [str(major) for major in majors if plugin.path_for(str(major)).exists()]
+    if not there:
+        return "not there: heads are MatMuls of TensorRT without it; see kernels/README.md"
+    return f"for TensorRT {' and '.join(there)}"
 
 
 def _kernels() -> str:
@@ -253,83 +295,9 @@ def _import_problem(module: str) -> str:
     """Why a library cannot be imported; empty when it can."""
     try:
         importlib.import_module(module)
-    except ImportError as exc:
+    except (ImportError, OSError) as exc:  # the latter of a library that it loads
         return str(exc)
     return ""
-
-
-def describe_plan(plan: Plan) -> Rows:
-    """Rows about the target and the graph; `plan_table` has the precisions."""
-    target, gpu = plan.target, plan.target.gpu
-    rows: Rows = {"target": target.description}
-    if gpu is not None:
-        sm = f"sm_{gpu.compute_capability}, {gpu.sm_count} SMs at {gpu.clock_ghz:g} GHz"
-        dla = f", {gpu.dla} DLA" if gpu.dla else ""
-        rows["gpu"] = f"{sm}, {gpu.memory_gb:g} GB at {gpu.bandwidth_gb_s:g} GB/s{dla}"
-        rows["power"] = gpu.power
-        rows["source"] = gpu.source
-    rows["software"] = [
-        f"{target.name}@{one.name}: TensorRT{'-RTX' if 'rtx' in target.backend else ''} "
-        f"{one.tensorrt}, CUDA {one.cuda}" + (f", Python {one.python}" if one.python else "")
-        for one in target.software
-    ] or ["ONNX Runtime"]
-    rows["fusion"] = describe_fusion(plan.fusion)
-    flops = plan.flops_per_sample
-    rows["flops per sample"] = f"{_quantity(flops)}FLOP"
-    if plan.ensemble_flops_per_sample is not None and flops:
-        ratio = plan.ensemble_flops_per_sample / flops
-        rows["its ensemble"] = (
-            f"{plan.heads} members of one body and one head each: "
-            f"{_quantity(plan.ensemble_flops_per_sample)}FLOP per sample, {ratio:.3g} times as many"
-        )
-    rows["engine"] = (
-        "is built on this machine"
-        if plan.buildable
-        else f"not built by this version, which has no backend '{target.backend}'"
-    )
-    return rows
-
-
-def targets_table() -> Table:
-    """A line per target; those that this version cannot build for say so."""
-    lines = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("target", "device", "sm", "memory", "precisions", "releases", ""):
-        lines.add_column(name)
-    for target in targets.TARGETS:
-        gpu = target.gpu
-        lines.add_row(
-            target.name,
-            target.description.rstrip(".").split(". ")[0],
-            f"{gpu.compute_capability}" if gpu else "",
-            f"{gpu.memory_gb:g} GB, {gpu.bandwidth_gb_s:g} GB/s" if gpu else "",
-            ", ".join(target.precisions),
-            ", ".join(one.name for one in target.software),
-            "compile" if backends.build_for(target) else "plan only",
-        )
-    return lines
-
-
-def plan_table(plan: Plan) -> Table:
-    """A block per precision: bytes, and the least time of student and ensemble per batch."""
-    lines = Table(box=None, padding=(0, 2, 0, 0))
-    lines.add_column("precision", no_wrap=True)
-    for name in ("weights", "ensemble's", "batch", "floor, ms", "ensemble's"):
-        lines.add_column(name, justify="right")
-    lines.add_column("bound by")
-    for row in plan.precisions:
-        ensemble = "" if row.ensemble_bytes is None else f"{_quantity(row.ensemble_bytes)}B"
-        head = [row.precision, f"{_quantity(row.weight_bytes)}B", ensemble]
-        for floor in row.floors:
-            members = "" if floor.ensemble_ms is None else f"{floor.ensemble_ms:.3g}"
-            cells = [f"{floor.batch}", f"{floor.student_ms:.3g}", members, floor.bound]
-            lines.add_row(*head, *cells)
-            head = ["", "", ""]
-        if not row.floors:
-            unknown = "no rate" if plan.target.gpu else ""
-            lines.add_row(*head, "", "", "", unknown)
-        if not row.fits:
-            lines.add_row("", "", "more than the memory")
-    return lines
 
 
 def verification_table(result: Verification) -> Table:

@@ -1,22 +1,27 @@
 """`plan`: what a graph would be on a target, told on any machine, before anything is built.
 
-The floor of a run is the longer of two times that no program undercuts: that of reading its weights
-once from memory, and that of its multiply-adds at the target's highest rate. A real program reads
+The floor of a run is the longer of two times: that of reading its weights once from memory, and
+that of its multiply-adds at the target's highest rate with 32-bit sums. A real program reads
 activations, launches kernels and waits; how far it stays above the floor is what `bench` measures.
+Only weights that are still in a cache from the run before take less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from hydra_edge import backends, costs, fusion, targets
+from hydra_edge import backends, costs, detection, features, fusion
 from hydra_edge.artifacts.graph import FusionGroup, Graph
+from hydra_edge.costs import Cost
 from hydra_edge.errors import InputError
-from hydra_edge.targets import Target
+from hydra_edge.features import Feature
+from hydra_edge.targets import Gpu, Target
 
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int8-weight-only": 8, "int4-weight-only": 4, "fp8": 8}
 BATCHES = (1, 8, 32)
+_LAUNCH_MS = 0.005  # of one kernel in a stream; 2 to 5 µs are usual
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class Floor:
     Attributes:
         batch: Rows of a run.
         student_ms: Of the graph.
-        ensemble_ms: Of M members, each the body and one head; None without heads.
-        bound: "memory" or "compute": what the student's floor is made of.
+        ensemble_ms: Of its ensemble; None without heads.
+        bound: "memory" or "compute": what the student's floor is made of; "unknown" where no rate
+            is published, and only the time of reading weights is told.
     """
 
     batch: int
@@ -43,16 +49,49 @@ class PrecisionPlan:
     Attributes:
         precision: Of body and heads alike.
         weight_bytes: Of the student.
-        ensemble_bytes: Of M members; None without heads.
-        fits: Whether the ensemble's, or else the student's, weights fit the device's memory.
-        floors: Per batch; none where the target's figures are not published.
+        ensemble_bytes: Of its ensemble; None without heads.
+        fits: Whether the student's weights fit the device's memory.
+        ensemble_fits: Whether the ensemble's do.
+        compute_bound_from: The smallest batch whose arithmetic takes longer than its weights; None
+            where no rate is published.
+        floors: Per batch; none where the target's bandwidth is not published.
     """
 
     precision: str
     weight_bytes: int
     ensemble_bytes: int | None
     fits: bool
+    ensemble_fits: bool
+    compute_bound_from: int | None
     floors: tuple[Floor, ...]
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """What the student is compared with.
+
+    Attributes:
+        what: Where its figures are from.
+        flops_per_sample: Two per multiply-add.
+        weight_bytes: In fp32.
+    """
+
+    what: str
+    flops_per_sample: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to mind.
+
+    Attributes:
+        code: For programs: "memory", "no-rate", "int8", "launches", "compute" or "ensemble".
+        text: For people.
+    """
+
+    code: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -64,8 +103,10 @@ class Plan:
         heads: M, or None where nothing is parallel.
         fusion: What would be fused, and what not and why.
         flops_per_sample: Of the student at batch 1, two per multiply-add.
-        ensemble_flops_per_sample: Of M members; None without heads.
+        ensemble: What it is compared with; None without heads.
         precisions: The target's, the most exact first.
+        features: What the target has, and what not.
+        notes: What to mind.
         buildable: Whether this version builds engines for the target.
     """
 
@@ -73,101 +114,209 @@ class Plan:
     heads: int | None
     fusion: tuple[FusionGroup, ...]
     flops_per_sample: int
-    ensemble_flops_per_sample: int | None
+    ensemble: Ensemble | None
     precisions: tuple[PrecisionPlan, ...]
+    features: tuple[Feature, ...]
+    notes: tuple[Note, ...]
     buildable: bool
 
 
-def plan(graph: Graph, target: str, *, batches: Sequence[int] = BATCHES) -> Plan:
+def plan(
+    graph: Graph,
+    target: str | Target,
+    *,
+    against: Graph | None = None,
+    batches: Sequence[int] = BATCHES,
+) -> Plan:
     """Tell what ``graph`` would be on ``target``.
 
     Args:
         graph: A float graph, fused or not.
-        target: A name from `hydra-edge targets`.
+        target: A name from `hydra-edge targets`, or a row.
+        against: The ensemble's float graph; without it, an ensemble of M members is assumed that
+            have the graph's body and one of its heads each.
         batches: Batch sizes to tell the floor of.
 
     Raises:
-        InputError: Unknown target, a batch below 1, or a graph that is quantized already.
+        InputError: Unknown target, a batch below 1, a graph that is quantized already, or an
+            ensemble with other inputs.
         DeviceMismatchError: The device is too old.
         GraphError: A shape that decides the count is unknown.
     """
-    row = targets.find(target)
+    row = detection.find(target) if isinstance(target, str) else target
     if not batches or min(batches) < 1:
         raise InputError(
             f"Batches {list(batches)} were asked for.", "Each is at least 1.", "Write e.g. 1,8,32."
         )
+    for one in filter(None, (graph, against)):
+        _check_float(one)
+    total = costs.cost(graph)
+    groups = graph.metadata.fusion or fusion.explain(graph)
+    fused = [group for group in groups if group.fused]
+    heads = max((group.heads for group in fused), default=None)
+    ensemble = _counted(graph, against) if against is not None else _assumed(total, heads, fused)
+    precisions = tuple(
+        _in_precision(precision, row, total, ensemble, batches) for precision in row.precisions
+    )
+    found = Plan(
+        target=row,
+        heads=heads,
+        fusion=tuple(groups),
+        flops_per_sample=total.flops_per_sample,
+        ensemble=ensemble,
+        precisions=precisions,
+        features=features.of(row),
+        notes=(),
+        buildable=backends.build_for(row),
+    )
+    return replace(found, notes=tuple(_notes(found)))
+
+
+def _check_float(graph: Graph) -> None:
     if graph.metadata.precision != "fp32":
         raise InputError(
             f"The graph is stored in {graph.metadata.precision}.",
             "A plan compares the precisions of a target, starting from floats.",
             "Plan with the graph before it was quantized.",
         )
-    total = costs.cost(graph)
-    groups = graph.metadata.fusion or fusion.explain(graph)
-    fused = [group for group in groups if group.fused]
-    heads = max((group.heads for group in fused), default=None)
+
+
+def _counted(graph: Graph, against: Graph) -> Ensemble:
+    ours, theirs = (sorted(s.shape[1:] for s in one.inputs) for one in (graph, against))
+    if ours != theirs:
+        raise InputError(
+            f"The ensemble's inputs are {'; '.join(map(str, against.inputs))}.",
+            f"The student's are {'; '.join(map(str, graph.inputs))}: they do not do the same.",
+            "Name the ensemble that the student was distilled from.",
+        )
+    cost = costs.cost(against)
+    return Ensemble("as in its graph", cost.flops_per_sample, cost.weight_bytes)
+
+
+def _assumed(total: Cost, heads: int | None, fused: Sequence[FusionGroup]) -> Ensemble | None:
+    """M members, each the body and one head."""
+    if heads is None:
+        return None
     of_heads = [group for group in fused if group.heads == heads]
     head_flops = sum(group.flops_per_sample for group in of_heads)
     head_bytes = sum(group.weight_bytes for group in of_heads)
+    return Ensemble(
+        f"{heads} members of one body and one head each",
+        heads * (total.flops_per_sample - head_flops) + head_flops,
+        heads * (total.weight_bytes - head_bytes) + head_bytes,
+    )
 
-    def of_ensemble(whole: int, of_heads: int) -> int | None:
-        return None if heads is None else heads * (whole - of_heads) + of_heads
 
-    flops = of_ensemble(total.flops_per_sample, head_flops)
-    plans = []
-    for precision in row.precisions:
-        student = total.weight_bytes * BITS[precision] // 32
-        ensemble = of_ensemble(total.weight_bytes, head_bytes)
-        members = None if ensemble is None else ensemble * BITS[precision] // 32
-        largest = student if members is None else members
-        floors = (
-            _floor(row, precision, batch, (total.flops_per_sample, student), (flops, members))
-            for batch in batches
-        )
-        plans.append(
-            PrecisionPlan(
-                precision=precision,
-                weight_bytes=student,
-                ensemble_bytes=members,
-                fits=row.gpu is None or largest <= row.gpu.memory_gb * 1e9,
-                floors=tuple(floor for floor in floors if floor is not None),
+def _in_precision(
+    precision: str, row: Target, total: Cost, ensemble: Ensemble | None, batches: Sequence[int]
+) -> PrecisionPlan:
+    def stored(bytes_in_fp32: int) -> int:
+        return bytes_in_fp32 * BITS[precision] // 32
+
+    weight_bytes = stored(total.weight_bytes)
+    ensemble_bytes = None if ensemble is None else stored(ensemble.weight_bytes)
+    roof = _Roof(row.gpu, precision)
+    floors = []
+    for batch in batches if roof.bandwidth else ():
+        memory, compute = roof.times_ms(weight_bytes, batch * total.flops_per_sample)
+        members = None
+        if ensemble is not None:
+            members = max(
+                roof.times_ms(stored(ensemble.weight_bytes), batch * ensemble.flops_per_sample)
             )
+        bound = "compute" if compute > memory else "memory"
+        floors.append(
+            Floor(batch, max(memory, compute), members, bound if roof.rate else "unknown")
         )
-    return Plan(
-        target=row,
-        heads=heads,
-        fusion=tuple(groups),
-        flops_per_sample=total.flops_per_sample,
-        ensemble_flops_per_sample=flops,
-        precisions=tuple(plans),
-        buildable=backends.build_for(row),
+    return PrecisionPlan(
+        precision=precision,
+        weight_bytes=weight_bytes,
+        ensemble_bytes=ensemble_bytes,
+        fits=weight_bytes <= roof.memory_bytes,
+        ensemble_fits=(ensemble_bytes or 0) <= roof.memory_bytes,
+        compute_bound_from=roof.compute_bound_from(weight_bytes, total.flops_per_sample),
+        floors=tuple(floors),
     )
 
 
-def _floor(
-    target: Target,
-    precision: str,
-    batch: int,
-    student: tuple[int, int],
-    ensemble: tuple[int | None, int | None],
-) -> Floor | None:
-    gpu = target.gpu
-    rate = gpu.operations_per_s(precision) if gpu else 0
-    if gpu is None or not rate:
-        return None
+class _Roof:
+    """What a GPU can do per second at most in one precision; 0 where that is not published."""
 
-    def milliseconds(flops: int, weight_bytes: int) -> tuple[float, float]:
-        return weight_bytes / gpu.bandwidth_gb_s / 1e6, batch * flops / rate * 1e3
+    def __init__(self, gpu: Gpu | None, precision: str) -> None:
+        self.bandwidth = gpu.bandwidth_gb_s * 1e9 if gpu else 0.0
+        self.rate = gpu.operations_per_s(precision) if gpu else 0.0
+        self.memory_bytes = gpu.memory_gb * 1e9 if gpu else math.inf
 
-    memory, arithmetic = milliseconds(*student)
-    flops, weight_bytes = ensemble
-    return Floor(
-        batch=batch,
-        student_ms=max(memory, arithmetic),
-        ensemble_ms=(
-            None
-            if flops is None or weight_bytes is None
-            else max(milliseconds(flops, weight_bytes))
-        ),
-        bound="memory" if memory >= arithmetic else "compute",
-    )
+    def times_ms(self, weight_bytes: int, flops: int) -> tuple[float, float]:
+        """Of reading weights, and of arithmetic."""
+        return weight_bytes / self.bandwidth * 1e3, flops / self.rate * 1e3 if self.rate else 0.0
+
+    def compute_bound_from(self, weight_bytes: int, flops_per_sample: int) -> int | None:
+        if not self.bandwidth or not self.rate or not flops_per_sample:
+            return None
+        return int(weight_bytes / self.bandwidth * self.rate / flops_per_sample) + 1
+
+
+def _notes(plan: Plan) -> Iterator[Note]:
+    """What to mind, the most important first."""
+    yield from _memory_notes(plan)
+    gpu, by_name = plan.target.gpu, {row.precision: row for row in plan.precisions}
+    if plan.ensemble is not None and plan.ensemble.flops_per_sample < plan.flops_per_sample:
+        yield Note("ensemble", "The ensemble takes fewer operations than the student.")
+    if gpu is None:
+        return
+    if not gpu.bandwidth_gb_s:
+        yield Note("no-rate", f"Nobody publishes the bandwidth of {plan.target.name}: no floors.")
+    rates = {name: gpu.operations_per_s(name) for name in by_name}
+    silent = [name for name, rate in rates.items() if not rate]
+    if silent:
+        names = ", ".join(silent)
+        yield Note(
+            "no-rate",
+            f"No tensor rate of {names} is published for {plan.target.name}: its floors are the "
+            "time of reading weights alone, and whether it is faster than others where arithmetic "
+            "takes longer has to be measured.",
+        )
+    if 0 < rates["int8"] <= rates["fp16"]:
+        yield Note("int8", "int8 multiplies no faster than fp16 here: it only saves bytes.")
+    half = by_name["fp16"].floors
+    short = [floor.batch for floor in half if floor.student_ms < _LAUNCH_MS]
+    if short:
+        yield Note(
+            "launches",
+            f"At batch {_some(short)} the floor in fp16 is below the 5 µs that the launch of one "
+            "kernel may take: fewer launches make it faster there, fewer bits do not.",
+        )
+    largest = max((floor.batch for floor in half), default=0)
+    bound = {
+        name: row.compute_bound_from
+        for name, row in by_name.items()
+        if row.compute_bound_from is not None and row.compute_bound_from <= largest
+    }
+    if bound:
+        starts = ", ".join(f"{name} from batch {batch}" for name, batch in bound.items())
+        yield Note(
+            "compute",
+            f"Bound by arithmetic, so that a larger batch takes longer in proportion: {starts}.",
+        )
+
+
+def _memory_notes(plan: Plan) -> Iterator[Note]:
+    gpu = plan.target.gpu
+    if gpu is None:
+        return
+    shared = ", shared with the system" if plan.target.is_jetson else ""
+    for who, left_out in (
+        ("student", [row.precision for row in plan.precisions if not row.fits]),
+        ("ensemble", [row.precision for row in plan.precisions if not row.ensemble_fits]),
+    ):
+        if left_out:
+            yield Note(
+                "memory",
+                f"The {who}'s weights alone are more than the {gpu.memory_gb:g} GB of memory"
+                f"{shared}, in {', '.join(left_out)}.",
+            )
+
+
+def _some(batches: Sequence[int]) -> str:
+    return ", ".join(map(str, batches))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -17,13 +18,14 @@ from onnx_models import student
 from typer.testing import CliRunner, Result
 
 import hydra_edge as he
+from hydra_edge import backends, costs, detection
 from hydra_edge.cli import app
 from hydra_edge.exporting import summarize
 
 FEATURES, HIDDEN, CLASSES, HEADS, SAMPLES = 12, 16, 4, 3, 120
 VERBS = (
     *("demo", "export", "merge", "quantize", "fuse", "compile", "verify", "bench", "run"),
-    *("inspect", "targets", "plan", "doctor"),
+    *("refit", "inspect", "targets", "plan", "doctor"),
 )
 
 
@@ -226,12 +228,18 @@ def test_every_verb_has_help(verb: str) -> None:
 
 
 def test_targets_and_doctor() -> None:
-    assert "cpu" in json.loads(hydra("targets", "--json").stdout)
+    found = json.loads(hydra("targets", "--json").stdout)
+    assert found["cpu"]["buildable"]
+    here = [name for name, row in found.items() if row["here"]]
+    assert found["jetson-thor"]["gpu"]["modes"][0] == {"name": "MAXN", "number": 0}
     done = hydra("doctor", "--json")
     assert done.exit_code == 0
-    assert json.loads(done.stdout)["onnxruntime"].startswith(
-        he.compilation.backends.find("onnxruntime").versions()["onnxruntime"]
-    )
+    rows = json.loads(done.stdout)
+    assert rows["onnxruntime"].startswith(backends.find("onnxruntime").versions()["onnxruntime"])
+    assert [rows["local target"]] == here
+    shown = hydra("targets").stdout
+    assert "* this machine, which 'local' stands for: " in shown
+    assert re.search(rf"^\* {here[0]} ", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("bad", ["missing.onnx", ".", "text.onnx", "corrupt.onnx"])
@@ -395,20 +403,50 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
 
 def test_plan(files: Path) -> None:
     found = json.loads(hydra("plan", files / "student.onnx", "--target", "l4", "--json").stdout)
+    assert set(found) == {
+        *("target", "heads", "fusion", "flops_per_sample", "ensemble", "precisions"),
+        *("features", "notes", "buildable", "steps"),
+    }
     assert found["heads"] == 3
     assert found["target"]["gpu"]["compute_capability"] == 89
+    assert found["features"][0]["name"] == "fp8"
+    assert found["steps"][0]["command"] == f"scp {files / 'student.onnx'} DEVICE:"
     shown = hydra("plan", files / "student.onnx", "--target", "jetson-thor@jp7.0")
     assert shown.exit_code == 0, shown.output
     assert "jetson-thor@jp7.0: TensorRT 10.13" in shown.output
     assert "no rate" in shown.output
+    assert "mind: No tensor rate of int8" in shown.output
+    assert "    sudo nvpmodel -m 0\n" in shown.output
     bad = hydra("plan", files / "student.onnx", "--target", "l4", "--batch", "1,many")
     assert bad.exit_code == 1
     assert "--batch is '1,many'" in bad.stderr
+    bad = hydra("plan", files / "student.onnx", "--target", "l4", "--precision", "fp7")
+    assert bad.exit_code == 1
+    assert "l4 has no fp7" in bad.stderr
 
 
-def test_a_target_without_a_backend(files: Path, tmp_path: Path) -> None:
-    target = ("--target", "jetson-agx-orin")
-    done = hydra("compile", files / "student.onnx", *target, "-o", tmp_path / "s.hydra")
-    assert done.exit_code == 1
-    assert "builds no engines for 'jetson-agx-orin'" in done.stderr
-    assert "hydra-edge plan" in done.stderr
+def test_plan_against_an_ensemble(files: Path, tmp_path: Path) -> None:
+    members = [files / f"member{index}.onnx" for index in range(HEADS)]
+    merged = tmp_path / "ensemble.onnx"
+    assert hydra("merge", *members, "-o", merged).exit_code == 0
+    options = ("--target", "l4", "--json", "--against")
+    found = json.loads(hydra("plan", files / "student.onnx", *options, merged).stdout)
+    of_one = costs.cost(he.Graph.load(members[0])).flops_per_sample
+    assert found["ensemble"]["what"] == "as in its graph"
+    assert found["ensemble"]["flops_per_sample"] == HEADS * of_one
+    bad = hydra("plan", files / "student.onnx", *options, files / "missing.onnx")
+    assert bad.exit_code == 1
+    assert "missing.onnx" in json.loads(bad.stdout)["error"]["what"]
+
+
+def test_plan_for_this_machine(files: Path) -> None:
+    done = hydra("plan", files / "student.onnx", "--target", "local", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    here = detection.detect()
+    assert found["found"] == here.found
+    assert found["target"]["name"] == here.target.name
+    assert {step["where"] for step in found["steps"]} == {"here"}
+    shown = hydra("plan", files / "student.onnx", "--target", "local")
+    assert shown.stdout.splitlines()[1].startswith("found")
+    assert "--target local" in shown.stdout

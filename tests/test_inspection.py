@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from hydra_edge import inspection, kernels
+from hydra_edge import detection, inspection, kernels, targets
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.errors import CompilationError, MissingDependencyError
+from hydra_edge.gpu import plugin
 
 
 def text(table: object) -> str:
@@ -112,3 +114,111 @@ def test_doctor_tells_about_the_kernels(
     monkeypatch.setattr(kernels, "load", missing)
     found = inspection.describe_environment()[0]["cuda kernels"]
     assert found == "not there: No nvcc. Install it again."
+
+
+def jetson(root: Path, model: str = "NVIDIA Jetson AGX Orin Developer Kit") -> Path:
+    """The files by which a Jetson says what it is."""
+    for name, text in {
+        "proc/device-tree/model": f"{model}\0",
+        "proc/device-tree/compatible": "nvidia,p3737-0000\0nvidia,tegra234\0",
+        "proc/meminfo": f"MemTotal: {61 * 2**20} kB\n",
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1\n",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=2 NAME=MODE_30W >\n",
+        "var/lib/nvpmodel/status": "pmode:0002 fmode:quiet",
+    }.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_doctor_tells_about_the_machine(tmp_path: Path) -> None:
+    rows, _ = inspection.describe_environment(jetson(tmp_path))
+    assert rows["gpu"] == ("NVIDIA Jetson AGX Orin Developer Kit, 61.0 GiB, Jetson Linux 36.4.3.")
+    assert rows["system"] == "Jetson Linux 36.4.3, power mode MODE_30W"
+    assert rows["local target"] == "jetson-agx-orin"
+
+
+def test_doctor_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        detection, "detect", lambda root: detection.Detection(targets.find("cpu"), "None here.")
+    )
+    rows, _ = inspection.describe_environment(tmp_path)
+    assert (rows["gpu"], rows["system"]) == ("None here.", "no NVIDIA driver")
+    assert rows["local target"] == "cpu"
+
+
+NOT_THERE = (
+    ("no_tensorrt", "tensorrt", "tensorrt", "engines"),
+    ("no_pycuda.driver", "pycuda", "tensorrt", "running them"),
+)
+
+
+@pytest.mark.parametrize(
+    ("on_jetson", "commands"),
+    [
+        (False, ["pip install 'hydra-edge[tensorrt]'  (for tensorrt, pycuda)"]),
+        (
+            True,
+            ["sudo apt install nvidia-jetpack  (for tensorrt)", "pip install pycuda  (for pycuda)"],
+        ),
+    ],
+)
+def test_on_a_jetson_tensorrt_is_that_of_its_jetpack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_jetson: bool, commands: list[str]
+) -> None:
+    monkeypatch.setattr(inspection, "_LIBRARIES", NOT_THERE)
+    rows, healthy = inspection.describe_environment(jetson(tmp_path) if on_jetson else tmp_path)
+    assert healthy
+    assert rows["to install"] == commands
+    assert rows["pycuda"] == ("missing (No module named 'no_pycuda'): needed for running them")
+
+
+def test_doctor_sees_what_a_virtual_environment_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "_LIBRARIES", NOT_THERE[:1])
+    (tmp_path / "usr/lib/python3.10/dist-packages/no_tensorrt").mkdir(parents=True)
+    rows, _ = inspection.describe_environment(jetson(tmp_path))
+    assert "usr/lib/python3.10/dist-packages, which this virtual environment" in rows["tensorrt"]
+    assert "--system-site-packages" in rows["tensorrt"]
+    assert rows["to install"] == "nothing: all of it is here"
+
+
+def test_doctor_survives_a_library_that_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT without its driver raises an OSError."""
+    (tmp_path / "broken_library.py").write_text("raise OSError('libnvinfer.so.10: not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        inspection, "_LIBRARIES", (("broken_library", "broken", "tensorrt", "engines"),)
+    )
+    rows, _ = inspection.describe_environment(tmp_path)
+    assert rows["broken"] == "missing (libnvinfer.so.10: not found): needed for engines"
+
+
+def test_versions_that_only_python_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_the_system.py").write_text("__version__ = '10.3.0'")
+    (tmp_path / "of_nobody.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("of_the_system", "of_nobody")
+    monkeypatch.setattr(
+        inspection, "_LIBRARIES", tuple((name, name, "tensorrt", "engines") for name in names)
+    )
+    rows, _ = inspection.describe_environment(tmp_path)
+    assert [rows[name] for name in names] == ["10.3.0 (engines)", "of unknown version (engines)"]
+
+
+def test_doctor_tells_for_which_tensorrt_the_plugin_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "path_for", lambda version: tmp_path / f"plugin{version}.so")
+    assert inspection.describe_environment(tmp_path)[0]["tensorrt plugin"] == (
+        "not there: heads are MatMuls of TensorRT without it; see kernels/README.md"
+    )
+    (tmp_path / "plugin11.so").touch()
+    assert inspection.describe_environment(tmp_path)[0]["tensorrt plugin"] == "for TensorRT 11"
+    (tmp_path / "plugin10.so").touch()
+    rows = inspection.describe_environment(tmp_path)[0]
+    assert rows["tensorrt plugin"] == "for TensorRT 10 and 11"

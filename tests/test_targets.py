@@ -6,7 +6,7 @@ import pytest
 
 from hydra_edge import backends, targets
 from hydra_edge.errors import DeviceMismatchError, InputError
-from hydra_edge.lowering import EXPLICIT, LOWERINGS
+from hydra_edge.lowering import EXPLICIT, LOWERINGS, PLUGIN
 from hydra_edge.quantization import PRECISIONS
 
 
@@ -22,19 +22,38 @@ def test_every_row_makes_sense(target: targets.Target) -> None:
     assert set(target.precisions) <= set(PRECISIONS)
     assert target.precisions
     assert target.description.endswith(".")
-    if backends.build_for(target):
-        backend = backends.find(target.backend)
-        assert set(backend.LOWERINGS) <= {*LOWERINGS, EXPLICIT}
-        if target.backend == "tensorrt_rtx":
-            pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-        assert backend.versions()
     gpu = target.gpu
     assert (gpu is None) == (target.name == "cpu")
     if gpu is not None:
         assert gpu.source
         assert target.software
-        assert ("fp8" in target.precisions) == (gpu.compute_capability >= 89)
-        assert (gpu.fp8 > 0) == (gpu.compute_capability >= 89)
+        assert target.known_as
+        assert target.precisions == targets.precisions_of(gpu.compute_capability, target.backend)
+        assert (gpu.fp8 > 0) == ("fp8" in target.precisions)
+        assert min(gpu.sm_count, gpu.clock_ghz, gpu.memory_gb, gpu.bandwidth_gb_s, gpu.fp16) > 0
+        assert (target.backend == "tensorrt_rtx") <= (
+            gpu.compute_capability in targets.RTX_CAPABILITIES
+        )
+        numbers = [mode.number for mode in gpu.modes]
+        assert bool(numbers) == target.is_jetson == target.name.startswith("jetson")
+        assert len(set(numbers)) == len(numbers)
+        assert not numbers or gpu.modes[0].name.startswith("MAXN")
+
+
+@pytest.mark.parametrize("name", sorted({target.backend for target in targets.TARGETS}))
+def test_every_backend_of_the_table_is_there(name: str) -> None:
+    backend = backends.find(name)
+    assert set(backend.LOWERINGS) <= {*LOWERINGS, EXPLICIT, PLUGIN}
+    pytest.importorskip(name, reason=f"the library {name} is not installed")
+    assert backend.versions()
+
+
+def test_what_a_device_is_called_tells_rows_apart() -> None:
+    """By name alone, or of Jetson modules by name and memory."""
+    rows = [target for target in targets.TARGETS if target.gpu is not None]
+    assert len({(row.known_as, row.is_jetson and row.gpu.memory_gb) for row in rows}) == len(rows)
+    families = {row.known_as for row in rows if row.is_jetson}
+    assert not any(a in b for a in families for b in families if a != b)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +66,19 @@ def test_every_row_makes_sense(target: targets.Target) -> None:
         ("h100", "int8", 1979),
         ("l4", "fp8", 242),
         ("rtx-3090", "int8", 284),
+        ("jetson-orin-nano", "int8", 67 / 2),  # printed with sparsity, which doubles it
+        ("jetson-orin-nano-4gb", "int8", 67 / 4),  # half as many SMs
+        ("jetson-orin-nx", "int8", (157 - 2 * 40) / 2),  # without the two DLAs
+        ("jetson-orin-nx-8gb", "int8", (117 - 40) / 2),
+        ("jetson-thor", "fp8", 2070 / 4),  # printed for sparse fp4
+        ("rtx-3080", "fp16", 59.5),
+        ("rtx-4080", "fp16", 97.5),
+        ("rtx-4080", "int8", 389.9),
+        ("rtx-4080", "fp32", 48.7),
         ("rtx-4090", "fp16", 165.2),
+        ("rtx-5080", "fp16", 112.6),
+        ("rtx-5080", "int8", 450.2),
+        ("rtx-5080", "int8", 1801 / 4),  # printed for sparse fp4
         ("rtx-5090", "fp8", 419),
     ],
 )
@@ -67,6 +98,13 @@ def test_releases() -> None:
         targets.find("cpu@x")
 
 
+def test_what_a_generation_multiplies() -> None:
+    assert targets.precisions_of(89, "tensorrt")[-1] == "fp8"
+    assert "fp8" not in targets.precisions_of(87, "tensorrt")
+    assert targets.precisions_of(75, "tensorrt")[0] == "fp32"
+    assert targets.precisions_of(75, "tensorrt_rtx")[0] == "fp16"
+
+
 @pytest.mark.parametrize("name", ["jetson-xavier", "jetson-xavier-nx", "jetson-nano@jp4.6"])
 def test_what_is_too_old(name: str) -> None:
     with pytest.raises(DeviceMismatchError, match="TensorRT 8"):
@@ -75,7 +113,9 @@ def test_what_is_too_old(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "CPU", "toaster"])
 def test_an_unknown_target(name: str) -> None:
-    with pytest.raises(InputError, match=rf"Unknown target '{name}'. There are: cpu, jetson"):
+    with pytest.raises(
+        InputError, match=rf"Unknown target '{name}'. There are: local, cpu, jetson"
+    ):
         targets.find(name)
 
 
