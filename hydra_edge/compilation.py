@@ -13,7 +13,7 @@ import numpy.typing as npt
 import hydra_edge
 from hydra_edge import backends, detection, equivalence, lowering
 from hydra_edge.artifacts.arrays import check_arrays
-from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
+from hydra_edge.artifacts.engine import BUILD_OPTIONS, MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph, Json, TensorSpec
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import CompilationError, HydraError, InputError, MissingDependencyError
@@ -25,7 +25,6 @@ Array = npt.NDArray[np.generic]
 _TIMING_SECONDS = 0.5  # per candidate lowering, in all rounds together
 _TIMING_ROUNDS = 7
 _GAIN = 0.96  # one program timed twice differs by a few percent: benchmarks/results/fused-cpu.json
-BUILD_OPTIONS = "build_options"  # among a program's facts
 UNFUSED = "unfused"  # what a program's lowering is called when separate branches were faster
 
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from hydra_edge import twins
 from hydra_edge.artifacts.arrays import check_arrays, to_numpy
 from hydra_edge.artifacts.engine import MAIN, Engine
-from hydra_edge.artifacts.graph import Graph, Json
-from hydra_edge.compilation import BUILD_OPTIONS, CompileOptions, compile
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.compilation import CompileOptions, compile
 from hydra_edge.errors import DeviceMismatchError, GateError, InputError
 from hydra_edge.fusion import fuse
 from hydra_edge.programs import BuildOptions
@@ -153,9 +153,7 @@ def rebuild(
 
 def build_options(engine: Engine) -> BuildOptions:
     """How an engine was, or is to be, built."""
-    facts = next(iter(engine.programs.values())).facts
-    known: dict[str, Json] = facts.get(BUILD_OPTIONS, {})  # type: ignore[assignment]
-    return BuildOptions.from_json(known)
+    return BuildOptions.from_json(next(iter(engine.programs.values())).build_options)
 
 
 def pays(engine: Engine) -> bool | None:

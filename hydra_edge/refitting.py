@@ -15,9 +15,9 @@ import onnx
 
 from hydra_edge import backends, equivalence, lowering, ops
 from hydra_edge.artifacts.engine import Engine, Golden, Program
-from hydra_edge.artifacts.graph import Graph, Json
+from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
-from hydra_edge.compilation import BUILD_OPTIONS, UNFUSED
+from hydra_edge.compilation import UNFUSED
 from hydra_edge.errors import CompilationError, DeviceMismatchError, InputError
 from hydra_edge.fusion import fuse
 
@@ -96,7 +96,7 @@ def _refit(engine: Engine, program: Program, graph: Graph) -> tuple[Program, tup
             "There is nothing to change.",
             "Give the graph of the new student.",
         )
-    weights = _weights(new) if is_stripped(program) else changed
+    weights = _weights(new) if program.is_stripped else changed
     built = backend.refit(program.payload, weights, program.facts)
     record = Golden(
         program.golden.inputs,
@@ -118,18 +118,12 @@ def _refit(engine: Engine, program: Program, graph: Graph) -> tuple[Program, tup
     return refitted, tuple(changed)
 
 
-def is_stripped(program: Program) -> bool:
-    """Whether the payload lacks its weights."""
-    how: Mapping[str, Json] = program.facts.get(BUILD_OPTIONS, {})  # type: ignore[assignment]
-    return bool(how.get("strip_weights"))
-
-
 def fill(engine: Engine) -> Engine:
     """Give programs that were stored without weights those of their graphs, to load them."""
     backend = backends.find(engine.backend)
     programs = dict(engine.programs)
     for name, program in programs.items():
-        if is_stripped(program):
+        if program.is_stripped:
             how = backend.LOWERINGS[0] if program.lowering == UNFUSED else program.lowering
             model = ops.inline(lowering.lower(program.graph, how).model)
             built = backend.refit(program.payload, _weights(model), program.facts)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -10,30 +13,35 @@ import numpy as np
 import numpy.typing as npt
 
 from hydra_edge import backends, tasks
-from hydra_edge.artifacts.arrays import any_batch, check_arrays, to_numpy
-from hydra_edge.artifacts.engine import MAIN, Engine, Program
+from hydra_edge.artifacts.engine import MAIN, Engine
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.artifacts.prediction import Prediction
-from hydra_edge.equivalence import replay
-from hydra_edge.errors import GateError, InputError
-from hydra_edge.programs import Runner
+from hydra_edge.errors import DeviceMismatchError, GateError, InputError
+from hydra_edge.gpu.arrays import DeviceArray
+from hydra_edge.live_programs import LiveProgram
 
 Array = npt.NDArray[np.generic]
+_SUBMITTED_AT_ONCE = 4
+_log = logging.getLogger(__name__)
 
 
-def load(engine: str | Path | Engine, *, threads: int | None = None) -> Session:
+def load(
+    engine: str | Path | Engine, *, threads: int | None = None, rebuild: bool = False
+) -> Session:
     """Open an engine on this machine.
 
     Args:
         engine: A ``.hydra`` file or an `Engine`.
         threads: CPU threads for one run; None means one per core.
+        rebuild: Build it again for this machine, from the graph in it, where it is for another one
+            or not built yet. That takes a builder, and minutes with TensorRT; the file stays.
 
     Returns:
         A session; use it as a context manager or call ``close``.
 
     Raises:
         ArtifactError: The file is missing, damaged or too new.
-        DeviceMismatchError: It was built for something that is not here.
+        DeviceMismatchError: It was built for something that is not here, or is not built yet.
         InputError: Fewer threads than one were asked for.
 
     Example:
@@ -41,7 +49,39 @@ def load(engine: str | Path | Engine, *, threads: int | None = None) -> Session:
         ...     prediction = session.run(images)
         ...     prediction.mean_prob, prediction.mutual_information
     """
-    return Session(engine if isinstance(engine, Engine) else Engine.load(engine), threads)
+    found = engine if isinstance(engine, Engine) else Engine.load(engine)
+    if not found.is_built:
+        if not rebuild:
+            raise DeviceMismatchError(
+                "The engine is not built yet.",
+                f"It is for {found.target}, and holds what that needs to build it.",
+                "On the device: hydra-edge compile FILE.hydra -o FILE.hydra, or "
+                "load(..., rebuild=True).",
+            )
+        return Session(_rebuilt(found, "it is not built yet"), threads)
+    try:
+        return Session(_filled(found), threads)
+    except DeviceMismatchError as mismatch:
+        if not rebuild:
+            raise
+        return Session(_rebuilt(found, mismatch.why), threads)
+
+
+def _rebuilt(engine: Engine, why: str) -> Engine:
+    # Running calls building here and below: what that loads, a device may lack.
+    from hydra_edge import pipeline
+
+    _log.warning("building the engine again for this machine: %s", why)
+    return _filled(pipeline.rebuild(engine, "local"))
+
+
+def _filled(engine: Engine) -> Engine:
+    """The engine with the weights that it was stored without."""
+    if not any(program.is_stripped for program in engine.programs.values()):
+        return engine
+    from hydra_edge import refitting
+
+    return refitting.fill(engine)
 
 
 class Session:
@@ -61,12 +101,18 @@ class Session:
             )
         backend = backends.find(engine.backend)
         self.engine = engine
-        self._programs = {
-            name: _LiveProgram(name, program, backend.open(program.payload, threads))
-            for name, program in engine.programs.items()
-        }
-        self.threads = next(iter(self._programs.values())).runner.threads
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
         self._closed = False
+        self._programs: dict[str, LiveProgram] = {}
+        try:
+            for name, program in engine.programs.items():
+                runner = backend.open(program.payload, threads, program.facts)
+                self._programs[name] = LiveProgram(name, program, runner)
+        except BaseException:
+            self.close()
+            raise
+        self.threads = next(iter(self._programs.values())).runner.threads
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -82,9 +128,10 @@ class Session:
         """Predict.
 
         Args:
-            inputs: The input as an array (numpy, torch or any DLPack array on the CPU), or a
-                mapping of input names to arrays. Axis 0 is the batch; a batch above the engine's
-                maximum is split, one below its minimum is padded.
+            inputs: The input as an array (numpy, torch or any DLPack array), or a mapping of input
+                names to arrays. Axis 0 is the batch; a batch above the engine's maximum is split,
+                one below its minimum is padded. An engine on a GPU reads arrays on that GPU (of
+                torch, CuPy, PyCUDA) where they are, and takes no other batches of them.
             head_logits: Return every head's raw output ``[M, B, C]`` too.
             program: Which program of the engine to run.
 
@@ -96,6 +143,47 @@ class Session:
         """
         self._require_open()
         return Prediction(self._find(program).run(inputs, head_logits))
+
+    def run_on_device(
+        self, inputs: object, *, head_logits: bool = False, program: str = MAIN
+    ) -> dict[str, DeviceArray]:
+        """Predict, and leave the outputs on the GPU.
+
+        Args:
+            inputs: As for `run`, but of a batch that the engine takes at once.
+            head_logits: Return every head's raw output ``[M, B, C]`` too.
+            program: Which program of the engine to run.
+
+        Returns:
+            The outputs by name. They are complete; ``torch.from_dlpack`` takes them as they are.
+
+        Raises:
+            InputError: The engine does not run on a GPU, or as for `run`.
+        """
+        self._require_open()
+        return self._find(program).run_on_device(inputs, head_logits)
+
+    def submit(
+        self, inputs: object, *, head_logits: bool = False, program: str = MAIN
+    ) -> Future[Prediction]:
+        """Start `run` in another thread.
+
+        Args:
+            inputs: As for `run`; they must stay as they are until the result is there.
+            head_logits: Return every head's raw output ``[M, B, C]`` too.
+            program: Which program of the engine to run.
+
+        Returns:
+            What `run` will return or raise. Closing the session cancels what has not begun.
+
+        Raises:
+            InputError: The session is closed.
+        """
+        with self._lock:
+            self._require_open()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_SUBMITTED_AT_ONCE, "hydra-edge")
+            return self._pool.submit(self.run, inputs, head_logits=head_logits, program=program)
 
     def self_test(self) -> dict[str, float]:
         """Replay the recorded batch of every program.
@@ -120,11 +208,15 @@ class Session:
         return errors
 
     def close(self) -> None:
-        """Release the programs. Closing twice is fine."""
-        if not self._closed:
+        """Wait for what was submitted and has begun, and release the programs. Twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            for live in self._programs.values():
-                live.runner.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        for live in self._programs.values():
+            live.runner.close()
 
     def __enter__(self) -> Session:
         return self
@@ -147,7 +239,7 @@ class Session:
                 "The session is closed.", "Its program was released.", "Load the engine again."
             )
 
-    def _find(self, name: str) -> _LiveProgram:
+    def _find(self, name: str) -> LiveProgram:
         try:
             return self._programs[name]
         except KeyError:
@@ -205,96 +297,6 @@ class EnsembleSession:
         """Close all members."""
         for member in self.members:
             member.close()
-
-
-class _LiveProgram:
-    """One program and its runner: checks, splits, pads, runs, joins."""
-
-    def __init__(self, name: str, program: Program, runner: Runner) -> None:
-        self.name = name
-        self.program = program
-        self.runner = runner
-        self._single = program.inputs[0] if len(program.inputs) == 1 else None
-        self._names = [spec.name for spec in program.outputs if spec.name not in program.optional]
-        self._all_names = [spec.name for spec in program.outputs]
-        self._axes = {spec.name: self._batch_axis(spec) for spec in program.outputs}
-
-    def run(self, inputs: object, optional: bool) -> dict[str, Array]:
-        """Outputs by name for any batch size."""
-        feeds = self._feeds(inputs)
-        names = self._all_names if optional else self._names
-        if optional and not self.program.optional and "head_logits" not in self._all_names:
-            raise InputError(
-                "The engine has no per-head output.",
-                "It was exported without head_logits.",
-                "Export the model with head_logits=True, or run without asking for it.",
-            )
-        low, _, high = self.program.batch
-        size = len(next(iter(feeds.values())))
-        if low <= size <= high:
-            return dict(zip(names, self.runner.run(feeds, names), strict=True))
-        parts = [
-            self._run_part({key: array[i : i + high] for key, array in feeds.items()}, names, low)
-            for i in range(0, size, high)
-        ]
-        return {
-            name: np.concatenate([part[name] for part in parts], axis=self._axes[name])
-            for name in names
-        }
-
-    def _run_part(self, feeds: Mapping[str, Array], names: list[str], low: int) -> dict[str, Array]:
-        """One part of a split batch; a short one is padded with its last sample."""
-        size = len(next(iter(feeds.values())))
-        if size < low:
-            feeds = {
-                key: np.concatenate([array, np.repeat(array[-1:], low - size, axis=0)])
-                for key, array in feeds.items()
-            }
-        outputs = dict(zip(names, self.runner.run(feeds, names), strict=True))
-        for name, array in outputs.items():
-            if array.shape[self._axes[name] : self._axes[name] + 1] != (max(size, low),):
-                raise InputError(
-                    f"The output '{name}' is {list(array.shape)} for {max(size, low)} samples.",
-                    "A batch outside the engine's range is run in parts, which must be joined.",
-                    f"Run {low} to {self.program.batch[2]} samples at a time.",
-                )
-        if size < low:
-            outputs = {
-                name: array.take(range(size), axis=self._axes[name])
-                for name, array in outputs.items()
-            }
-        return outputs
-
-    def _feeds(self, inputs: object) -> dict[str, Array]:
-        specs = self.program.inputs
-        if isinstance(inputs, Mapping):
-            given = {str(name): to_numpy(value, str(name)) for name, value in inputs.items()}
-        elif self._single is not None:
-            given = {self._single.name: to_numpy(inputs, self._single.name)}
-        else:
-            raise InputError(
-                f"The engine has {len(specs)} inputs and one array was given.",
-                f"The inputs are {'; '.join(map(str, specs))}.",
-                "Pass a mapping of names to arrays.",
-            )
-        return check_arrays(given, any_batch(specs))
-
-    def replay(self) -> float:
-        """See `hydra_edge.equivalence.replay`."""
-        return replay(self.runner, self.program.golden)
-
-    def _batch_axis(self, output: TensorSpec) -> int:
-        """The axis of an output that has the name, or the fixed size, of the inputs' batch axis.
-
-        Exporters do not always name it alike: then it is the only named axis, or else axis 0.
-        """
-        if output.name in self.program.optional:
-            return 1  # per-head outputs are [M, B, C]
-        batch = self.program.inputs[0].shape[0]
-        if batch in output.shape:
-            return output.shape.index(batch)
-        named = [axis for axis, size in enumerate(output.shape) if isinstance(size, str)]
-        return named[0] if len(named) == 1 else 0
 
 
 def require_same_inputs(

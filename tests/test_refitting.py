@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from onnx_models import feeds_for, mlp_heads, student
 
@@ -14,7 +15,7 @@ from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends import onnxruntime
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.compilation import CompileOptions, compile
-from hydra_edge.errors import CompilationError, DeviceMismatchError, InputError
+from hydra_edge.errors import CompilationError, DeviceMismatchError, GateError, InputError
 from hydra_edge.fusion import fuse
 from hydra_edge.programs import Built
 from hydra_edge.quantization import quantize
@@ -42,7 +43,7 @@ def test_a_refitted_engine_is_one_compiled_anew(lowering: str, precision: str) -
     with load(found.engine) as left, load(anew) as right:
         for name, array in right.run(feeds).items():
             np.testing.assert_array_equal(left.run(feeds)[name], array)
-        assert left.self_test()["main"] < 1e-6
+        left.self_test()  # against the new graph
     assert found.engine.source_sha256 == new.sha256
     assert "p50_ms" not in found.engine.metrics
 
@@ -72,6 +73,27 @@ def test_a_file_can_be_refitted(tmp_path: object) -> None:
     found = refit(engine, student(k=16, seed=3)).engine
     assert set(found.metrics) == {"p50_ms"}  # agreement was with the old graph
     assert type(found).load(found.save(f"{tmp_path}/s.hydra")).metrics == found.metrics
+
+
+def test_an_engine_stored_without_weights_is_filled_when_it_is_loaded() -> None:
+    """As TensorRT stores it: here a program whose weights were all set to 0."""
+    engine = engine_of(student(k=16), "wide")
+    program = engine.programs["main"]
+    tensors = onnx.ModelProto.FromString(program.payload).graph.initializer
+    zeros = {
+        t.name: np.zeros_like(onnx.numpy_helper.to_array(t)) for t in tensors if len(t.dims) > 1
+    }
+    empty = onnxruntime.refit(program.payload, zeros, {}).payload
+    hollow = replace(program, payload=empty)
+    with load(replace(engine, programs={"main": hollow})) as session, pytest.raises(GateError):
+        session.self_test()
+    stripped = replace(hollow, facts={"build_options": {"strip_weights": True}})
+    with load(replace(engine, programs={"main": stripped})) as session:
+        assert session.self_test()["main"] < 1e-6
+    new = student(k=16, seed=2)
+    again = refit(replace(engine, programs={"main": stripped}), new).engine
+    with load(again) as session:
+        session.self_test()
 
 
 def test_the_same_weights() -> None:

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto
 from onnx_models import Net, activate, feeds_for, join, linear, student, tiny_engine
 
-from hydra_edge import compilation
+from hydra_edge import compilation, detection
 from hydra_edge.artifacts.engine import Engine
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import build, evaluate
@@ -243,7 +243,12 @@ def test_a_closed_session(engine: Engine) -> None:
     session = load(engine)
     session.close()
     session.close()
-    for call in (lambda: session.run(X), session.self_test):
+    for call in (
+        lambda: session.run(X),
+        lambda: session.run_on_device(X),
+        lambda: session.submit(X),
+        session.self_test,
+    ):
         with pytest.raises(InputError, match="The session is closed"):
             call()
 
@@ -439,3 +444,27 @@ def test_loading_and_running_needs_no_training_library(engine: Engine, tmp_path:
 def test_a_tiny_engine_runs() -> None:
     with load(tiny_engine()) as session:
         np.testing.assert_array_equal(session.run(np.float32([[1, -1]])).logits, [[1, 0]])
+
+
+def test_what_is_not_built_is_built_where_it_is_loaded(tmp_path: Path) -> None:
+    path = compile(GRAPH, "jetson-agx-orin", batch=(1, 2, 8)).save(tmp_path / "s.hydra")
+    with pytest.raises(DeviceMismatchError, match="The engine is not built yet") as caught:
+        load(path)
+    assert "load(..., rebuild=True)" in caught.value.fix
+    before = path.read_bytes()
+    with load(path, rebuild=True) as session:
+        assert session.engine.target == detection.detect().target.name
+        assert session.self_test()["main"] < 1e-4
+    assert path.read_bytes() == before
+
+
+def test_an_engine_for_a_gpu_is_built_again_for_what_is_here(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    engine = compile(GRAPH, "rtx-4090", batch=(1, 2, 8))
+    with pytest.raises(DeviceMismatchError, match="The engine is for a GPU, sm_89"):
+        load(engine)
+    with load(engine, rebuild=True) as session:
+        session.self_test()
+    assert "building the engine again for this machine" in caplog.text

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -109,11 +110,40 @@ def any_batch(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
     )
 
 
+class Shaped(Protocol):
+    """An array, wherever it lies."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of its elements."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+
 def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """Check that ``values`` are exactly the declared inputs.
 
     Returns:
         C-contiguous arrays by input name, in declared order.
+
+    Raises:
+        InputError: A name is missing or unknown, or a shape, dtype or batch does not fit.
+    """
+    check_shapes(values, specs)
+    return {spec.name: in_c_order(values[spec.name]) for spec in specs}
+
+
+def in_c_order(array: Array) -> Array:
+    """The array, or a copy, with consecutive elements."""
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
+def check_shapes(values: Mapping[str, Shaped], specs: tuple[TensorSpec, ...]) -> None:
+    """Check that ``values``, on whatever device, are exactly the declared inputs.
 
     Raises:
         InputError: A name is missing or unknown, or a shape, dtype or batch does not fit.
@@ -124,7 +154,6 @@ def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> 
         raise InputError(
             f"There is no input '{unknown[0]}'.", f"The inputs are {expected}.", "Use those names."
         )
-    checked: dict[str, Array] = {}
     batches = {}
     for spec in specs:
         if spec.name not in values:
@@ -140,7 +169,7 @@ def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> 
                 f"The engine takes {spec.dtype}; converting silently could hide a wrong scale.",
                 f"Convert it: x.astype('{spec.dtype}').",
             )
-        fits = array.ndim == len(spec.shape) and all(
+        fits = len(array.shape) == len(spec.shape) and all(
             isinstance(size, str) or size == found
             for size, found in zip(spec.shape, array.shape, strict=True)
         )
@@ -150,9 +179,8 @@ def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> 
                 f"Declared is {spec}.",
                 "Give it that rank and those sizes; named axes may have any size.",
             )
-        checked[spec.name] = np.ascontiguousarray(array) if array.ndim else array
         if spec.shape and isinstance(spec.shape[0], str):
-            batches[spec.name] = len(array)
+            batches[spec.name] = array.shape[0]
     if len(set(batches.values())) > 1:
         raise InputError(
             f"The inputs have different batch sizes: {batches}.",
@@ -163,4 +191,3 @@ def check_arrays(values: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> 
         raise InputError(
             "The batch is empty.", "There is nothing to run.", "Pass at least one sample."
         )
-    return checked

@@ -34,6 +34,7 @@ _T = TypeVar("_T")
 SCHEMA_VERSION = 1
 FORMAT = "hydra-edge engine"
 MANIFEST = "manifest.json"
+BUILD_OPTIONS = "build_options"  # among a program's facts
 MAIN = "main"  # the program a plain `run` means
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's oldest date: equal engines give equal bytes
@@ -83,6 +84,17 @@ class Program:
     golden: Golden = field(repr=False)
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def build_options(self) -> Mapping[str, Json]:
+        """How the program was, or is to be, built: `hydra_edge.programs.BuildOptions`."""
+        found = self.facts.get(BUILD_OPTIONS, {})
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def is_stripped(self) -> bool:
+        """Whether the payload lacks the weights, which the graph has."""
+        return bool(self.build_options.get("strip_weights"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 CUDA, CUDA_MANAGED = 2, 13  # DLDeviceType
 _NAME = b"dltensor"
 _KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode of numpy's own types
-_OTHERS = {
+_OTHERS: dict[np.dtype[Any], tuple[int, int]] = {
     np.dtype(ml_dtypes.bfloat16): (4, 16),
     np.dtype(ml_dtypes.float8_e4m3fn): (10, 8),
     np.dtype(ml_dtypes.float8_e5m2): (12, 8),
@@ -125,13 +125,14 @@ class _Shown:
 def _dtype_of(kind: _Type) -> np.dtype[Any] | None:
     if kind.lanes != 1:
         return None
-    for dtype, known in _OTHERS.items():
+    for other, known in _OTHERS.items():
         if known == (kind.code, kind.bits):
-            return dtype
+            return other
     letter = next((letter for letter, code in _KINDS.items() if code == kind.code), None)
     if letter == "b":
         return np.dtype(np.bool_) if kind.bits == 8 else None
     least = 16 if letter == "f" else 8
     if letter is None or kind.bits not in (8, 16, 32, 64) or kind.bits < least:
         return None
-    return np.dtype(f"{letter}{kind.bits // 8}")
+    dtype: np.dtype[Any] = np.dtype(f"{letter}{kind.bits // 8}")
+    return dtype

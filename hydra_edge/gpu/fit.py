@@ -153,8 +153,8 @@ def find_jetpack(root: Path = Path("/")) -> str | None:
         root: Where the machine's files begin.
 
     Returns:
-        E.g. ``"6.2"``; ``"of Jetson Linux 40.1, which is not known"`` for a release that has no row
-        in `targets`; None where there is no Jetson.
+        E.g. ``"6.2"``, which 6.1 counts as: they have one TensorRT. ``"of Jetson Linux 40.1, which
+        is not known"`` for a release without a row in `targets`; None where there is no Jetson.
     """
     try:
         line = (root / _RELEASE_FILE).read_text(errors="replace").partition("\n")[0]
