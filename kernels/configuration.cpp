@@ -225,6 +225,12 @@ hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_de
   return HYDRA_OK;
 }
 
+hydra_status hydra_check_linear(const hydra_linear_shape* shape, const hydra_device* device,
+                                const hydra_linear_config* config) {
+  if (hydra_status status = check_linear(*shape, device->compute_capability)) return status;
+  return check_linear_config(*shape, *config);
+}
+
 // One block per rows while they fill the device; a row of many logits that would keep few blocks
 // busy is sliced, at the price of a second launch.
 hydra_status hydra_choose_summary(const hydra_summary_shape* shape, const hydra_device* device,

@@ -185,13 +185,32 @@ typedef struct {
 hydra_status hydra_choose_summary(const hydra_summary_shape* shape, const hydra_device* device,
                                   hydra_summary_config* config);
 
-/* Bytes of device memory that a launch needs; zeroed once, before the first. 0 for one slice. */
+/* Bytes of device memory that a launch needs; 0 for one slice. It begins with a counter of 4 bytes per
+   row of the batch: 0 before the first launch, and 0 again after each. The rest may hold anything. */
 size_t hydra_summary_workspace(const hydra_summary_shape* shape, const hydra_summary_config* config);
 
 hydra_status hydra_ensemble_summary(const hydra_summary_shape* shape,
                                     const hydra_summary_config* config, const void* logits,
                                     const hydra_summary_outputs* outputs, void* workspace,
                                     void* stream);
+
+/* ---- for libraries on top of this one that link to no CUDA runtime, such as the TensorRT plugin */
+
+/* Whether `device` would run this configuration. */
+hydra_status hydra_check_linear(const hydra_linear_shape* shape, const hydra_device* device,
+                                const hydra_linear_config* config);
+hydra_status hydra_check_chain(const hydra_chain_shape* shape, const hydra_device* device,
+                               const hydra_chain_config* config);
+
+/* Device memory that holds zeros. Not a launch: allocates, and waits for the zeros. */
+hydra_status hydra_allocate_zeros(size_t bytes, void** memory);
+hydra_status hydra_free(void* memory); /* may be NULL */
+
+/* Enqueues zeros. */
+hydra_status hydra_zero(void* memory, size_t bytes, void* stream);
+
+/* Makes `message` what `hydra_last_error` says to this thread, and returns `status`. */
+hydra_status hydra_fail(hydra_status status, const char* message);
 
 #ifdef __cplusplus
 }

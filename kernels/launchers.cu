@@ -85,6 +85,10 @@ hydra_status check_weights(Variant variant, const void* weight, const float* wei
 
 const char* hydra_last_error(void) { return error_text(); }
 
+hydra_status hydra_fail(hydra_status status, const char* message) {
+  return failure(status, "%s", message);
+}
+
 const char* hydra_weight_layout(void) { return "hydra-mma16-2"; }
 
 hydra_status hydra_query_device(hydra_device* device) {
@@ -296,6 +300,14 @@ hydra_status hydra_choose_chain(const hydra_chain_shape* shape, const hydra_devi
       summary_is_slow(s.heads, s.widths[s.layers], 8 * c.batch_tiles, s.batch);
   *config = c;
   return HYDRA_OK;
+}
+
+hydra_status hydra_check_chain(const hydra_chain_shape* shape, const hydra_device* device,
+                               const hydra_chain_config* config) {
+  const hydra_chain_shape& s = *shape;
+  if (hydra_status status = check_chain(s, device->compute_capability)) return status;
+  const Variant variant = variant_of(s.x_type, s.weight_type, s.quantize_x);
+  return check_chain_config(s, *config, variant, device->shared_bytes);
 }
 
 size_t hydra_chain_shared_bytes(const hydra_chain_shape* shape, const hydra_chain_config* config) {

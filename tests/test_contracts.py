@@ -151,6 +151,7 @@ def test_tests_mirror_modules() -> None:
         "test_mutations.py",
         "test_readme.py",
         "test_static_gates.py",
+        "test_tensorrt_api.py",
     }
     kernels = ROOT / "kernels"
     for path in sorted((ROOT / "tests").rglob("test_*.py")):

@@ -8,6 +8,8 @@ int hydra_emulator_register(const void* p, size_t bytes, const char* name, int k
   return machine.message.empty() ? 0 : 1;
 }
 
+void hydra_emulator_forget(const void* p) { machine.global.remove(p); }
+
 void hydra_emulator_clear() {
   machine.global.clear();
   machine.message.clear();

@@ -48,6 +48,27 @@ std::string GlobalMemory::add(const void* p, size_t bytes, const char* name, int
   return "";
 }
 
+void GlobalMemory::remove(const void* p) {
+  buffers_.erase(std::remove_if(buffers_.begin(), buffers_.end(),
+                                [&](const Buffer& buffer) { return buffer.begin == p; }),
+                 buffers_.end());
+  last_ = nullptr;
+}
+
+std::string GlobalMemory::overwrite(const void* p, size_t bytes, const char* what) {
+  auto at = static_cast<const char*>(p);
+  for (Buffer& buffer : buffers_) {
+    if (at < buffer.begin || at + bytes > buffer.begin + buffer.bytes || !buffer.writable()) continue;
+    if (buffer.kind == HYDRA_EMULATOR_UNINITIALISED) {
+      auto first = buffer.initialised.begin() + (at - buffer.begin);
+      std::fill(first, first + ptrdiff_t(bytes), true);
+    }
+    return "";
+  }
+  if (buffers_.empty()) return "";
+  return describe(p, bytes, what) + ": outside of every buffer that may be written.";
+}
+
 void GlobalMemory::clear() {
   buffers_.clear();
   last_ = nullptr;

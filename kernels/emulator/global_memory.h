@@ -17,7 +17,10 @@ class GlobalMemory {
  public:
   // An empty string, or why not.
   std::string add(const void* p, size_t bytes, const char* name, int kind);
+  void remove(const void* p);
   void clear();
+  // Between launches, by the host: an empty string, or why not.
+  std::string overwrite(const void* p, size_t bytes, const char* what);
 
   void start_launch();
   void start_block();

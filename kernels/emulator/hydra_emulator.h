@@ -17,7 +17,7 @@ enum hydra_emulator_kind {
   HYDRA_EMULATOR_UNINITIALISED = 3 /* writable; reading a byte before its first write is a fault */
 };
 
-/* Summed over all launches since the last clear. */
+/* Summed since the last clear. */
 struct hydra_emulator_counters {
   uint64_t matrix_products; /* mma instructions, one per warp */
   uint64_t stream_bytes;    /* read_stream */
@@ -29,6 +29,11 @@ struct hydra_emulator_counters {
   uint64_t shared_read_bytes;
   uint64_t shared_written_bytes;
   uint64_t blocks;
+  uint64_t launches;
+  uint64_t allocations; /* cudaMalloc */
+  uint64_t frees;       /* cudaFree of something */
+  uint64_t memsets;     /* cudaMemsetAsync */
+  uint64_t waits;       /* cudaStreamSynchronize */
 };
 
 /* From the first buffer on, kernels may touch registered global memory only. What a kernel wrote to
@@ -36,6 +41,9 @@ struct hydra_emulator_counters {
    hydra_emulator_fault() when the buffer is empty, overlaps another or has an unknown kind. */
 HYDRA_EMULATOR_API int hydra_emulator_register(const void* p, size_t bytes, const char* name,
                                                int kind);
+
+/* Forgets the buffer that begins at `p`, if there is one. */
+HYDRA_EMULATOR_API void hydra_emulator_forget(const void* p);
 
 /* Forgets all buffers, the fault and the counters; schedule and shared limit stay. */
 HYDRA_EMULATOR_API void hydra_emulator_clear(void);

@@ -61,6 +61,7 @@ cudaError_t Machine::run(const dim3& grid, int threads, size_t shared_bytes, voi
   if (!message.empty()) {
     return shared_bytes > shared_limit ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration;
   }
+  ++counters.launches;
   grid_ = grid;
   body_ = body;
   arguments_ = arguments;

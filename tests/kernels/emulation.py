@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hydra_edge.kernels import Library
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-SOURCES = ("launchers.cu", "tables.cu", "configuration.cpp")
+SOURCES = ("launchers.cu", "tables.cu", "memory.cu", "configuration.cpp")
 CONSTANT, INPUT, OUTPUT, UNINITIALISED = range(4)
 
 Array = npt.NDArray[np.generic]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -240,3 +241,61 @@ def test_chains_and_summaries_that_do_not_exist(emulator: Emulator) -> None:
         emulator.library.ensemble_summary(
             SummaryShape(1, 5, 1, 10, FLOAT32), 4096, SummaryOutputs(*5 * (4096,)), SummaryConfig()
         )
+
+
+# ---- for libraries on top of this one
+
+
+def test_a_configuration_is_checked_without_a_launch(emulator: Emulator) -> None:
+    handle = emulator.library.handle
+    shape = linear()
+    config = emulator.library.choose_linear(shape, ORIN)
+    assert handle.hydra_check_linear(*map(ctypes.byref, (shape, ORIN, config))) == 0
+    config.k_warps = 9
+    assert handle.hydra_check_linear(*map(ctypes.byref, (shape, ORIN, config))) == 1
+    assert b"by k_warps=9. A block has 1 to 8 warps" in handle.hydra_last_error()
+    old = DEVICES["Turing"]
+    shape = linear(x_type=BFLOAT16, weight_type=BFLOAT16)
+    assert handle.hydra_check_linear(*map(ctypes.byref, (shape, old, config))) == 2
+    assert b"bfloat16 on compute capability 7.5" in handle.hydra_last_error()
+
+
+def test_so_is_that_of_a_chain(emulator: Emulator) -> None:
+    handle = emulator.library.handle
+    chain = ChainShape(heads=2, batch=4, layers=2, x_type=FLOAT16, weight_type=FLOAT16)
+    chain.widths[:3] = 64, 2000, 10
+    config = emulator.library.choose_chain(chain, ORIN)
+    assert handle.hydra_check_chain(*map(ctypes.byref, (chain, ORIN, config))) == 0
+    small = Device(87, 16, 32 * 1024)
+    assert handle.hydra_check_chain(*map(ctypes.byref, (chain, small, config))) == 2
+    assert b"A block of this device has 32768." in handle.hydra_last_error()
+    config.warps = 5
+    assert handle.hydra_check_chain(*map(ctypes.byref, (chain, ORIN, config))) == 1
+    chain.layers = 5
+    assert handle.hydra_check_chain(*map(ctypes.byref, (chain, ORIN, config))) == 2
+    assert b"A head of 5 layers." in handle.hydra_last_error()
+
+
+def test_device_memory(emulator: Emulator) -> None:
+    handle, memory = emulator.library.handle, ctypes.c_void_p()
+    assert handle.hydra_allocate_zeros(ctypes.c_size_t(100), ctypes.byref(memory)) == 0
+    assert memory.value
+    assert ctypes.string_at(memory, 100) == bytes(100)
+    ctypes.memset(memory, 7, 100)
+    part = ctypes.c_void_p(memory.value + 4)
+    assert handle.hydra_zero(part, ctypes.c_size_t(96), None) == 0
+    assert ctypes.string_at(memory, 100) == b"\7" * 4 + bytes(96)
+    assert handle.hydra_zero(part, ctypes.c_size_t(97), None) == 3
+    assert b"CUDA refused 97 bytes of device memory: invalid argument." in handle.hydra_last_error()
+    assert handle.hydra_free(memory) == 0
+    assert handle.hydra_free(None) == 0
+    memory = ctypes.c_void_p(1)
+    assert handle.hydra_allocate_zeros(ctypes.c_size_t(1 << 62), ctypes.byref(memory)) == 3
+    assert memory.value is None
+    assert b"device memory: out of memory." in handle.hydra_last_error()
+
+
+def test_a_library_on_top_has_its_own_words(emulator: Emulator) -> None:
+    handle = emulator.library.handle
+    assert handle.hydra_fail(2, b"100 %s. Why. What to do.") == 2
+    assert handle.hydra_last_error() == b"100 %s. Why. What to do."

@@ -21,7 +21,10 @@ from hydra_edge.kernels import FLOAT16, LinearArguments, SummaryOutputs
 from hydra_edge.ops import packing
 from hydra_edge.ops.ensemble_summary import CLASSIFICATION_OUTPUTS, reference_classification
 from kernels.gpu import GUARD, Gpu, library_path
+from kernels.plugin_case import run_program
+from kernels.plugin_programs import build_heads, build_plugin, gpu_machine, tensorrt_headers
 from kernels.test_group_linear import VARIANTS, Case
+from kernels.test_plugin import CASES
 
 HERE = Path(__file__).parent
 
@@ -156,6 +159,34 @@ def test_launches_in_a_row_overlap(gpu: Gpu, captured: bool) -> None:
         found.append([tensor.cpu().numpy().tobytes() for tensor in tensors])
     assert found[0] == found[1]
     assert np.isfinite(np.frombuffer(found[0][0], np.float16)).all()
+
+
+@pytest.fixture(scope="session")
+def heads_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = library_path()
+    assert path is not None
+    return build_heads(tmp_path_factory.mktemp("heads"), path.resolve(), gpu_machine())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_the_heads_of_the_plugin(
+    gpu: Gpu, request: pytest.FixtureRequest, tmp_path: Path, name: str
+) -> None:
+    """Every tactic, launched twice and from a CUDA graph, between guards."""
+    program = request.getfixturevalue("heads_program")
+    run_program([program], CASES[name], tmp_path).check(CASES[name])
+
+
+@pytest.mark.gpu
+def test_the_plugin_driven_as_by_tensorrt(gpu: Gpu, tmp_path: Path) -> None:
+    headers, path = tensorrt_headers(), library_path()
+    assert path is not None
+    if not headers:
+        pytest.skip("TensorRT's headers are not here: set TENSORRT_ROOT")
+    plugin = build_plugin(tmp_path, path.resolve(), headers[0], gpu_machine())
+    for case in CASES.values():
+        run_program(plugin.command, case, tmp_path).check(case)
 
 
 @pytest.mark.gpu
