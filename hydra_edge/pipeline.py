@@ -113,7 +113,8 @@ def rebuild(
     Args:
         engine: Any engine, built or not.
         target: A name from `hydra-edge targets`; by default what it was packed up for.
-        options: See `compile`; by default its batch range and how it was to be built.
+        options: See `compile`; by default its batch range and, for the same target, how it was to
+            be built.
         on_step: Called with a line about each step as it begins.
 
     Returns:
@@ -126,7 +127,7 @@ def rebuild(
     target = target or engine.target
     programs = {}
     for name, program in engine.programs.items():
-        how = options or CompileOptions(batch=program.batch, build=build_options(engine))
+        how = options or CompileOptions(program.batch, build=build_options(engine, target))
         on_step(f"compile {name} for {target}")
         golden = program.golden.inputs
         fused = fuse(program.graph)
@@ -151,8 +152,10 @@ def rebuild(
     return replace(result, metrics=measured, calibration_sha256=engine.calibration_sha256)
 
 
-def build_options(engine: Engine) -> BuildOptions:
-    """How an engine was, or is to be, built."""
+def build_options(engine: Engine, target: str) -> BuildOptions:
+    """How an engine was, or is to be, built; another target may not have those options."""
+    if target != engine.target:
+        return BuildOptions()
     return BuildOptions.from_json(next(iter(engine.programs.values())).build_options)
 
 

@@ -1,4 +1,7 @@
-"""The README is executed as written: its Python and shell blocks, in order, in one empty folder."""
+"""README and guides are executed as written: Python and shell blocks, in order, in an empty folder.
+
+Blocks without a language are for a device that is not here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + GUIDES
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the README calls the user's own files.
 PREPARE = """
@@ -45,12 +49,10 @@ he.export(Foreign(), images[:1]).save("heads.onnx")
 NOT_HERE = re.compile(r"^(make|pip) ", re.MULTILINE)
 
 
-@pytest.mark.filterwarnings("default")
-def test_readme_blocks_run(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="the quick start trains a student")
-    blocks = BLOCK.findall(PAGES[0].read_text())
-    assert {language for language, _, _ in blocks} >= {"python", "bash"}
-    subprocess.run([sys.executable, "-c", PREPARE], cwd=tmp_path, check=True, capture_output=True)
+def run_blocks(page: Path, folder: Path) -> int:
+    """How many blocks of a page ran."""
+    blocks = BLOCK.findall(page.read_text())
+    subprocess.run([sys.executable, "-c", PREPARE], cwd=folder, check=True, capture_output=True)
     ran = 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, _, code in blocks:
@@ -59,7 +61,7 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
         done = subprocess.run(
             command,
-            cwd=tmp_path,
+            cwd=folder,
             env={**os.environ, "PATH": path},
             capture_output=True,
             text=True,
@@ -68,8 +70,25 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
         ran += 1
-    assert ran >= 4
+    return ran
+
+
+@pytest.mark.filterwarnings("default")
+def test_readme_blocks_run(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the quick start trains a student")
+    assert run_blocks(PAGES[0], tmp_path) >= 4
     assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("name", "least"), [("jetson.md", 2), ("gpu.md", 3), ("troubleshooting.md", 0)]
+)
+def test_blocks_of_guides_run(name: str, least: int, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="it makes the student")
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    assert {page.name for page in GUIDES} == {"jetson.md", "gpu.md", "troubleshooting.md"}
+    assert run_blocks(ROOT / "docs" / name, tmp_path) >= least
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -131,8 +131,7 @@ def compile_(
         engine = Engine.load(file)
         known = next(iter(engine.programs.values()))
         ranges = batch or ",".join(map(str, known.batch))
-        moved = target is not None and target != engine.target  # what it was asked for may not fit
-        kept = BuildOptions() if moved else pipeline.build_options(engine)
+        kept = pipeline.build_options(engine, target or engine.target)
         asked = replace(build if build.asked_for() else kept, progress=not as_json)
         options = terminal.parse_compile_options(ranges, threads, lowering, asked)
         engine = pipeline.rebuild(engine, target, options=options, on_step=terminal.show_step)
