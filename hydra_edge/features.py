@@ -55,13 +55,13 @@ def _int8(gpu: Gpu) -> Feature:
 
 
 def _dla(gpu: Gpu) -> Feature:
-    note = f"{gpu.dla}, for layers of the body alone" if gpu.dla else ""
+    note = f"{gpu.dla}, with --dla-core for layers of the body" if gpu.dla else ""
     return Feature("DLA", gpu.dla > 0, note)
 
 
 def _of_tensorrt(target: Target, gpu: Gpu) -> tuple[Feature, ...]:
     compatible = gpu.compute_capability >= 80 and not target.is_jetson
-    note = "on request one engine for every GPU from sm_80 on, somewhat slower"
+    note = "with --hardware-compatible for every card from sm_80 on, somewhat slower"
     return (
         Feature("plugin", True, "layers of all heads and the summary in our own kernels"),
         Feature(
@@ -69,7 +69,9 @@ def _of_tensorrt(target: Target, gpu: Gpu) -> tuple[Feature, ...]:
             compatible,
             note if compatible else "an engine runs on this kind of device alone",
         ),
-        Feature("refit", True, "on request weights can be changed without a build"),
+        Feature(
+            "refit", True, "with --refittable `hydra-edge refit` changes weights without a build"
+        ),
     )
 
 
@@ -79,7 +81,7 @@ def _of_rtx(gpu: Gpu) -> tuple[Feature, ...]:
         Feature(
             "hardware-compatible engines",
             True,
-            f"for all cards of sm_{gpu.compute_capability}, and of more generations on request",
+            f"for all cards of sm_{gpu.compute_capability}; name further targets for more",
         ),
         Feature("refit", False, "TensorRT-RTX makes such engines only on a GPU"),
     )

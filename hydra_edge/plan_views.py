@@ -92,12 +92,17 @@ def _times(row: PrecisionPlan) -> Iterator[tuple[str, ...]]:
     """Batches, floors and bound; batches that take the same time stand together."""
 
     def cells(floor: Floor) -> tuple[str, ...]:
-        members = "" if floor.ensemble_ms is None else f"{floor.ensemble_ms:.3g}"
+        members = "" if floor.ensemble_ms is None else _milliseconds(floor.ensemble_ms)
         bound = "no rate" if floor.bound == "unknown" else floor.bound
-        return f"{floor.student_ms:.3g}", members, bound
+        return _milliseconds(floor.student_ms), members, bound
 
     for same, floors in itertools.groupby(row.floors, key=cells):
         yield ", ".join(str(floor.batch) for floor in floors), *same
+
+
+def _milliseconds(time: float) -> str:
+    """Three digits; below a microsecond they would say nothing, as a launch takes longer."""
+    return f"{time:.3g}" if time >= 0.001 else "<0.001"
 
 
 def plan_lines(plan: Plan, steps: Sequence[Step]) -> Iterator[str]:

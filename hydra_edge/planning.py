@@ -259,52 +259,15 @@ class _Roof:
 
 def _notes(plan: Plan) -> Iterator[Note]:
     """What to mind, the most important first."""
-    yield from _memory_notes(plan)
-    gpu, by_name = plan.target.gpu, {row.precision: row for row in plan.precisions}
     if plan.ensemble is not None and plan.ensemble.flops_per_sample < plan.flops_per_sample:
         yield Note("ensemble", "The ensemble takes fewer operations than the student.")
-    if gpu is None:
-        return
-    if not gpu.bandwidth_gb_s:
-        yield Note("no-rate", f"Nobody publishes the bandwidth of {plan.target.name}: no floors.")
-    rates = {name: gpu.operations_per_s(name) for name in by_name}
-    silent = [name for name, rate in rates.items() if not rate]
-    if silent:
-        names = ", ".join(silent)
-        yield Note(
-            "no-rate",
-            f"No tensor rate of {names} is published for {plan.target.name}: its floors are the "
-            "time of reading weights alone, and whether it is faster than others where arithmetic "
-            "takes longer has to be measured.",
-        )
-    if 0 < rates["int8"] <= rates["fp16"]:
-        yield Note("int8", "int8 multiplies no faster than fp16 here: it only saves bytes.")
-    half = by_name["fp16"].floors
-    short = [floor.batch for floor in half if floor.student_ms < _LAUNCH_MS]
-    if short:
-        yield Note(
-            "launches",
-            f"At batch {_some(short)} the floor in fp16 is below the 5 µs that the launch of one "
-            "kernel may take: fewer launches make it faster there, fewer bits do not.",
-        )
-    largest = max((floor.batch for floor in half), default=0)
-    bound = {
-        name: row.compute_bound_from
-        for name, row in by_name.items()
-        if row.compute_bound_from is not None and row.compute_bound_from <= largest
-    }
-    if bound:
-        starts = ", ".join(f"{name} from batch {batch}" for name, batch in bound.items())
-        yield Note(
-            "compute",
-            f"Bound by arithmetic, so that a larger batch takes longer in proportion: {starts}.",
-        )
+    if plan.target.gpu is not None:
+        yield from _memory_notes(plan, plan.target.gpu)
+        yield from _rate_notes(plan, plan.target.gpu)
+        yield from _time_notes(plan)
 
 
-def _memory_notes(plan: Plan) -> Iterator[Note]:
-    gpu = plan.target.gpu
-    if gpu is None:
-        return
+def _memory_notes(plan: Plan, gpu: Gpu) -> Iterator[Note]:
     shared = ", shared with the system" if plan.target.is_jetson else ""
     for who, left_out in (
         ("student", [row.precision for row in plan.precisions if not row.fits]),
@@ -318,5 +281,39 @@ def _memory_notes(plan: Plan) -> Iterator[Note]:
             )
 
 
-def _some(batches: Sequence[int]) -> str:
-    return ", ".join(map(str, batches))
+def _rate_notes(plan: Plan, gpu: Gpu) -> Iterator[Note]:
+    rates = {row.precision: gpu.operations_per_s(row.precision) for row in plan.precisions}
+    silent = ", ".join(name for name, rate in rates.items() if not rate)
+    if not gpu.bandwidth_gb_s:
+        yield Note("no-rate", f"The bandwidth of {plan.target.name} is not known: no floors.")
+    elif silent:
+        yield Note(
+            "no-rate",
+            f"No tensor rate of {silent} is published for {plan.target.name}: the floor is the "
+            "time of reading weights alone, and whether it is faster than others where arithmetic "
+            "takes longer has to be measured.",
+        )
+    if 0 < rates["int8"] <= rates["fp16"]:
+        yield Note("int8", "int8 multiplies no faster than fp16 here: it only saves bytes.")
+
+
+def _time_notes(plan: Plan) -> Iterator[Note]:
+    half = next(row.floors for row in plan.precisions if row.precision == "fp16")
+    short = [str(floor.batch) for floor in half if floor.student_ms < _LAUNCH_MS]
+    if short:
+        yield Note(
+            "launches",
+            f"At batch {', '.join(short)} the floor in fp16 is below the 5 µs that the launch of "
+            "one kernel may take: fewer launches make it faster there, fewer bits do not.",
+        )
+    bound = [
+        f"{row.precision} from batch {row.compute_bound_from}"
+        for row in plan.precisions
+        if any(floor.bound == "compute" and floor.student_ms >= _LAUNCH_MS for floor in row.floors)
+    ]
+    if bound:
+        yield Note(
+            "compute",
+            "Bound by arithmetic, so that a larger batch takes longer in proportion: "
+            f"{', '.join(bound)}.",
+        )

@@ -32,7 +32,8 @@ hydra_status hydra_allocate_zeros(size_t bytes, void** memory) {
   return finished(error, bytes);
 }
 
-hydra_status hydra_free(void* memory) { return finished(cudaFree(memory), 0); }
+// cudaFree of nothing would start CUDA where nobody has yet.
+hydra_status hydra_free(void* memory) { return memory ? finished(cudaFree(memory), 0) : HYDRA_OK; }
 
 hydra_status hydra_zero(void* memory, size_t bytes, void* stream) {
   return finished(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)), bytes);

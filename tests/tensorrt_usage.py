@@ -350,8 +350,7 @@ class _Reader(ast.NodeVisitor):
         if owner == MODULE and name[:1].isupper():
             return _Value(name, is_class=True)
         if base.is_class:
-            # A value of an enumeration; an enumeration in a class shares its names with the class.
-            return _Value(owner, is_class=name == "Severity")
+            return _Value(owner)  # a value of an enumeration, or one inside that shares its names
         return _Value(owner, name)
 
     def given(self, value: _Value) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from hydra_edge import features, targets
+from hydra_edge.cli import app
 
 
 def there(name: str) -> dict[str, bool]:
@@ -43,6 +45,21 @@ def test_notes_say_how_much() -> None:
     assert note(orin, "DLA").startswith("2, ")
     assert note(targets.find("rtx-4090"), "int8 tensor rate").endswith("4 times fp16")
     assert "cards of sm_89" in note(targets.find("rtx-4090"), "hardware-compatible engines")
+
+
+def test_options_that_notes_name_are_there() -> None:
+    """Options of `compile`, and a verb."""
+    words = {
+        word
+        for target in targets.TARGETS
+        for feature in features.of(target)
+        for word in feature.note.replace("`", "").split()
+    }
+    options = {word for word in words if word.startswith("--")}
+    assert options == {"--dla-core", "--hardware-compatible", "--refittable"}
+    shown = CliRunner().invoke(app, ["compile", "--help"], env={"COLUMNS": "200"}).stdout
+    assert all(option in shown for option in options)
+    assert CliRunner().invoke(app, ["refit", "--help"]).exit_code == 0
 
 
 def test_turing_is_too_old_for_compatible_engines() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def test_batches_that_take_the_same_time_share_a_line() -> None:
     assert line.split()[-3:] == ["memory", "batch", "209"]
     assert plan_views.plan_table(found).row_count == 2 * len(found.precisions)
     assert text.count("compute") == 1 + len(found.precisions)  # and the title
+
+
+def test_times_below_a_microsecond_have_no_digits() -> None:
+    text = shown(plan_views.plan_table(plan(mlp_heads(4, 8, (8,), 10), "h200")))
+    assert "722 B       944 B  1, 8, 32     <0.001      <0.001" in text
+    assert not re.search(r"\de-", text)
 
 
 def test_the_cpu_has_bytes_alone() -> None:

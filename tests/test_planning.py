@@ -80,10 +80,22 @@ def test_where_arithmetic_takes_over() -> None:
 
 
 def test_larger_batches_say_so() -> None:
-    start = by_name(plan(student(), "l4"))["fp16"].compute_bound_from
+    def said(batch: int) -> str:
+        return notes(plan(student(), "jetson-agx-orin", batches=(1, batch)))["compute"]
+
+    start = by_name(plan(student(), "jetson-agx-orin"))["fp16"].compute_bound_from
     assert start is not None
-    assert f"fp16 from batch {start}" in notes(plan(student(), "l4", batches=(1, start)))["compute"]
-    assert "fp16 from" not in notes(plan(student(), "l4", batches=(1, start - 1)))["compute"]
+    assert f"fp16 from batch {start}" in said(start)
+    assert "fp16 from" not in said(start - 1)
+
+
+def test_arithmetic_that_no_launch_waits_for_is_not_worth_a_note() -> None:
+    found = plan(mlp_heads(2, 8, (8,), 4), "h200", batches=(1, 1000))
+    assert {floor.bound for row in found.precisions for floor in row.floors} == {
+        "memory",
+        "compute",
+    }
+    assert "compute" not in notes(found)
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
@@ -120,9 +132,11 @@ def with_gpu(name: str, **figures: float) -> targets.Target:
 def test_a_card_of_which_little_is_known() -> None:
     found = plan(student(), with_gpu("l4", bandwidth_gb_s=0, fp16=0, int8=0, fp8=0))
     assert all(row.floors == () for row in found.precisions)
-    said = [note.text for note in found.notes if note.code == "no-rate"]
-    assert said[0] == "Nobody publishes the bandwidth of l4: no floors."
-    assert "fp16, int8, int8-weight-only, int4-weight-only, fp8" in said[1]
+    assert notes(found) == {"no-rate": "The bandwidth of l4 is not known: no floors."}
+    found = plan(student(), with_gpu("l4", fp16=0, int8=0, fp8=0))
+    assert (
+        "rate of fp16, int8, int8-weight-only, int4-weight-only, fp8 is" in notes(found)["no-rate"]
+    )
 
 
 def test_int8_that_is_no_faster() -> None:

@@ -79,9 +79,11 @@ def test_nothing_else_touches_tensorrt() -> None:
         "getattr(trt, 'IStreamReaderV2', None)",
         "getattr(trt.DataType, f'INT{bits}')",
         # Of somebody else, whatever it is called.
-        "def f(engine: Engine, config: Config | None): return engine.kind, config.anything",
-        "class A:\n engine: Engine\n def f(self): return self.engine.kind",
-        "config = Config()\nconfig.anything",
+        "def f(engine: Engine, config: Config | None, trt): return engine.kind, config.anything",
+        "class A:\n engine: Engine\n def f(self, trt): return self.engine.kind",
+        "config = Config()\nconfig.anything\ntrt",
+        "def f(session: Session, trt): return session.engine.kind",
+        "import tools\ntools.network.anything\ntrt",
         "class A:\n def f(self): self._context.push()\n"
         " def __init__(self): self._context = cuda.Device(0).retain_primary_context()",
         "from hydra_edge import runtime\nruntime.load('x')",
@@ -120,6 +122,7 @@ def test_what_is_right(source: str) -> None:
             "if not hasattr(trt.BuilderFlag, 'FP4'):\n trt.BuilderFlag.FP4",
             "line 2: BuilderFlag.FP4",
         ),
+        ("if hasattr(trt.BuilderFlag, 'FP4') or x:\n trt.BuilderFlag.FP4", "FP4 is not in"),
         ("hasattr(trt.BuilderFlag, 'FP4') or trt.BuilderFlag.FP4", "FP4 is not in"),
         ("trt.BuilderFlag.FP4 if hasattr(trt.BuilderFlag, 'REFIT') else 0", "FP4 is not in"),
         ("config.max_workspace_size = 1\ntrt", "IBuilderConfig.max_workspace_size exists in none"),

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import sys
 import types
+import weakref
 from typing import Any
 
 from hydra_edge.errors import ExecutionError, MissingDependencyError, require
@@ -82,10 +83,10 @@ class Device:
         )
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
         self._scope = _Scope(self._context, self.driver.Context.pop)
-        # Popping from a list is atomic: a finalizer may come at any time, in any thread.
+        self._give_back = weakref.finalize(self, _give_back, self._context)
+        # Popping from a list is atomic: the finalizer of an array may come at any time.
         self._holders = [None]
         self._open = [None]
-        self._retained = [None]
 
     def current(self) -> _Scope:
         """A scope in which this device's context is the calling thread's.
@@ -120,9 +121,7 @@ class Device:
         """Undo one `hold`."""
         self._holders.pop()
         if not self._holders:
-            with contextlib.suppress(IndexError):  # somebody else was first
-                self._retained.pop()
-                self._give_back()
+            self._give_back()  # once, whoever comes first
 
     def close(self) -> None:
         """Give the context back. Closing twice is fine."""
@@ -130,15 +129,16 @@ class Device:
             self._open.pop()
             self.release()
 
-    def _give_back(self) -> None:
-        # PyCUDA lets go of a context only in the thread that retained it, or where it is current;
-        # and it leaves it on the driver's stack, where the next user of CUDA would find it dead.
-        self._context.push()
-        ctypes.CDLL(_LIBRARY).cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-        self._context.detach()
-
     def __repr__(self) -> str:
         return f"Device({self.ordinal}, {self.name}, sm_{self.compute_capability})"
+
+
+def _give_back(context: Any) -> None:
+    # PyCUDA lets go of a context only in the thread that retained it, or where it is current;
+    # and it leaves it on the driver's stack, where the next user of CUDA would find it dead.
+    context.push()
+    ctypes.CDLL(_LIBRARY).cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    context.detach()
 
 
 class Stream:

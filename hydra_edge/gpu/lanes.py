@@ -60,6 +60,7 @@ class Lane:
         self._tensors = {tensor.name: tensor for tensor in (*engine.inputs, *engine.outputs)}
         self._plans: dict[tuple[int, tuple[str, ...]], _Plan] = {}
         self._context: Context | None = None
+        self._bound: tuple[int, Mapping[str, int]] | None = None  # batch and foreign addresses
         with contextlib.ExitStack() as cleanup:
             self._cleanup = cleanup
             try:
@@ -175,6 +176,7 @@ class Lane:
                     "Ask for those.",
                 )
         shapes = self._shapes(self._ready_context(batch), batch)
+        self._bound = None
         views = {
             name: self._buffers[name].view(shape, self._tensors[name].dtype)
             for name, shape in shapes.items()
@@ -211,8 +213,10 @@ class Lane:
 
     def _run_plain(self, plan: _Plan, elsewhere: Mapping[str, int]) -> None:
         context = self._ready_context(plan.batch)
-        self._shapes(context, plan.batch)
-        self._bind(context, elsewhere)
+        if self._bound != (plan.batch, elsewhere):
+            self._shapes(context, plan.batch)
+            self._bind(context, elsewhere)
+            self._bound = plan.batch, elsewhere
         self._enqueue(context, plan, elsewhere)
         self._stream.synchronize()
 

@@ -37,7 +37,6 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
 }
 
 cudaError_t cudaFree(void* memory) {
-  if (memory == nullptr) return cudaSuccess;
   ++machine.counters.frees;
   machine.global.remove(memory);
   std::free(memory);

@@ -31,7 +31,7 @@ struct hydra_emulator_counters {
   uint64_t blocks;
   uint64_t launches;
   uint64_t allocations; /* cudaMalloc */
-  uint64_t frees;       /* cudaFree of something */
+  uint64_t frees;       /* cudaFree */
   uint64_t memsets;     /* cudaMemsetAsync */
   uint64_t waits;       /* cudaStreamSynchronize */
 };

@@ -17,6 +17,7 @@ class Heads {
 
   const Specification& specification() const { return specification_; }
   const Signature& signature() const { return signature_; }
+  const Plan& plan() const { return plan_; }  // of the batch that was prepared last
 
   // The batches of an engine: whether this device runs them, which one its tactics are timed at,
   // and how large they get.

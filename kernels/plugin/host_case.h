@@ -13,6 +13,7 @@
 //   memory ALLOCATIONS FREES              of device memory, by the plugin
 //   workspace BYTES
 //   tactic ID
+//   plan TACTIC ROWS LAUNCHES...          as in plan.h
 //   run HOW TACTIC ROWS LAUNCHES BLOCKS MEMSETS TOUCHED    TOUCHED: bytes of the workspace
 //   output TYPE RANK DIMS...              + bytes
 #pragma once

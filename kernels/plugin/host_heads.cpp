@@ -33,6 +33,19 @@ hydra_status check_tensors(const Case& given, const Signature& signature) {
   return HYDRA_OK;
 }
 
+void write_plans(const Case& given, Heads& heads, int32_t tactic, Results& results) {
+  for (const Array& x : given.xs) {
+    require(heads.prepare(rows_of(x)) == HYDRA_OK, "prepare");
+    const Plan& plan = heads.plan();
+    require(plan.tactic == tactic && plan.rows == rows_of(x), "the plan is that of another batch");
+    int32_t numbers[sizeof(Launches) / sizeof(int32_t)];
+    std::memcpy(numbers, &plan.launches, sizeof(numbers));
+    std::string text;
+    for (const int32_t number : numbers) text += " " + std::to_string(number);
+    results.line("plan %d %d%s", plan.tactic, plan.rows, text.c_str());
+  }
+}
+
 void run_all(const Case& given, Heads& heads, const char* how, const std::vector<int32_t>& tactics,
              Bench& bench) {
   const Signature& signature = heads.signature();
@@ -89,6 +102,7 @@ int main(int count, char** arguments) {
     }
     for (const int32_t tactic : tactics) {
       if (heads.set_tactic(tactic)) return refused();
+      write_plans(given, heads, tactic, results);
     }
     run_all(given, heads, "detached", tactics, bench);
     Heads attached(heads);

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +147,32 @@ def test_a_gpu_that_is_not_there(double: Double) -> None:
         MissingDependencyError, match=r"says: .*out of memory. See whether `nvidia-"
     ):
         Device()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", ["pass", "raise ValueError", "device.close()", "del device"])
+def test_a_process_may_just_end(double: Double, last: str) -> None:
+    """PyCUDA would complain of a context that is still there, and end the process by a signal."""
+    script = f"""
+        from gpu.engines import CopyEngine, check, samples
+        from hydra_edge.gpu.device import Device
+        from hydra_edge.gpu.running import EngineRunner
+
+        device = Device()
+        runner = EngineRunner(CopyEngine(device), Device())
+        check(runner, samples(4))
+        (mean,) = runner.run_on_device({{"x": samples(4)}}, ("mean",))
+        {last}
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == ("raise" in last), done.stderr
+    assert "PyCUDA" not in done.stderr + done.stdout
 
 
 def failing_import(setup: str) -> str:

@@ -38,7 +38,8 @@ def field(name: str, value: object) -> object:
 def main() -> None:
     """Create it, and say what happened."""
     logger = Logger()
-    registry = trt.Builder(logger).get_plugin_registry()
+    builder = trt.Builder(logger)
+    registry = builder.get_plugin_registry()
     registry.load_library(sys.argv[1])
     creator = registry.get_creator("HydraHeads", "1", "hydra")
     fields = [field(name, value) for name, value in json.load(sys.stdin).items()]
@@ -49,6 +50,7 @@ def main() -> None:
         "created": plugin is not None,
         "errors": logger.errors,
     }
+    del plugin, creator  # before the builder, which unloads their library
     print(json.dumps(answer))
 
 

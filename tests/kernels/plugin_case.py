@@ -5,16 +5,17 @@ What a case should give is what `hydra_edge.ops.heads` says in float64.
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from hydra_edge.kernels import INT4
+from hydra_edge.kernels import INT4, MAX_LAYERS, ChainConfig, LinearConfig, SummaryConfig
 from hydra_edge.ops import heads, packing
 from hydra_edge.ops.ensemble_summary import reference_classification, reference_gaussian
 from kernels.emulation import Array
@@ -36,6 +37,7 @@ SUMMARIES = {
     "gaussian": reference_gaussian,
 }
 EPSILON = 1e-5
+T = TypeVar("T", ChainConfig, LinearConfig, SummaryConfig)
 
 
 @dataclass
@@ -203,6 +205,30 @@ class Run:
 
 
 @dataclass
+class Plan:
+    """How a tactic runs a batch: ``Launches`` of plan.h."""
+
+    chain: bool
+    summary_alone: bool
+    chain_config: ChainConfig
+    layer_configs: list[LinearConfig]  # those of the layers that there are
+    summary_config: SummaryConfig
+
+    @classmethod
+    def read(cls, words: list[str]) -> Plan:
+        numbers = iter(map(int, words))
+
+        def configuration(kind: type[T]) -> T:
+            return kind(*itertools.islice(numbers, len(kind._fields_)))
+
+        chain, alone = next(numbers), next(numbers)
+        chain_config = configuration(ChainConfig)
+        layers = [configuration(LinearConfig) for _ in range(MAX_LAYERS)]
+        used = [layer for layer in layers if layer.batch_tiles]
+        return cls(bool(chain), bool(alone), chain_config, used, configuration(SummaryConfig))
+
+
+@dataclass
 class Results:
     """What a program wrote."""
 
@@ -213,6 +239,7 @@ class Results:
     frees: int = 0
     logs: list[str] = field(default_factory=list)
     tactics: list[int] = field(default_factory=list)
+    plans: dict[tuple[int, int], Plan] = field(default_factory=dict)  # of tactic and rows
     runs: list[Run] = field(default_factory=list)
 
     def check(self, case: Case) -> None:
@@ -240,6 +267,8 @@ def read(path: Path) -> Results:
                 found.allocations, found.frees = map(int, words[1:])
             elif what == "tactic":
                 found.tactics.append(int(text))
+            elif what == "plan":
+                found.plans[int(words[1]), int(words[2])] = Plan.read(words[3:])
             elif what == "run":
                 found.runs.append(Run(words[1], *map(int, words[2:])))
             else:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from hydra_edge.kernels import BFLOAT16, FLOAT16, INT8
+from hydra_edge.kernels import BFLOAT16, FLOAT16, INT8, Device, Library, LinearShape
 from hydra_edge.ops import packing
 from kernels import plugin_programs
 from kernels.emulation import KERNELS
@@ -31,6 +31,7 @@ BEHIND, ALONE = 1, 2
 Program = Callable[[Case], Results]
 Real = Callable[[Mapping[str, object]], dict[str, list[str]]]
 
+ORIN = (87, 16, 163 * 1024)
 MLP = (40, 24, 10)
 WIDE, NARROW = (600, 500, 20), (87, 16, 9600)  # 8 rows of 600 halves do not fit into that
 CASES = {
@@ -92,13 +93,14 @@ def test_against_float64(heads: Program, name: str) -> None:
 @pytest.mark.parametrize("summary", ["softmax", "none"])
 def test_a_tactic_does_what_its_number_says(heads: Program, summary: str) -> None:
     results = heads(Case("fp16", MLP, rows=(12,), summary=summary))
-    assert len(results.tactics) > 3
+    places = (BEHIND, ALONE) if summary != "none" else (0,)
+    found = {(tactic & 3, tactic >> 2 & 3) for tactic in results.tactics}
+    assert found == set(itertools.product((CHAIN, LAYERS), places))
     for run in results.runs:
         if run.tactic == 0:
             continue
         form, place = run.tactic & 3, run.tactic >> 2 & 3
         assert run.launches == {CHAIN: 1, LAYERS: 2}[form] + (place == ALONE)
-        assert (place in (BEHIND, ALONE)) == (summary != "none")
         cleared = run.how == "detached" and place == BEHIND
         assert run.memsets == cleared
         hidden = {CHAIN: 0, LAYERS: 2 * 12 * 24 * 2}[form]
@@ -141,13 +143,34 @@ def test_tactics_worth_timing(heads: Program, case: Case, tactics: list[int]) ->
     ],
 )
 def test_tactic_0_is_what_the_kernels_prefer(heads: Program, case: Case, preferred: int) -> None:
-    case = replace(case, only=(0, preferred))
-    results = heads(case)
+    results = heads(replace(case, only=(0, preferred)))
     results.check(case)
-    default, same = of_tactic(results, 0), of_tactic(results, preferred)
-    assert [(r.launches, r.blocks) for r in default] == [(r.launches, r.blocks) for r in same]
-    layers = len(case.widths) - 1 if preferred & 3 == LAYERS else 1
-    assert default[0].launches == layers + (preferred >> 2 == ALONE)
+    rows = case.rows[0]
+    assert repr(results.plans[0, rows]) == repr(results.plans[preferred, rows])
+    assert results.plans[0, rows].chain == (preferred & 3 == CHAIN)
+    assert results.plans[0, rows].summary_alone == (preferred >> 2 == ALONE)
+
+
+def test_variants_of_a_layer(heads: Program, library: Path) -> None:
+    """At one row there are no fewer batch tiles: the variant is then as the first."""
+    results = heads(Case("fp16", (300, 400), rows=(12, 1)))
+    shape = LinearShape(2, 12, 300, 400, FLOAT16, FLOAT16)
+    chosen = Library(library).choose_linear(shape, Device(*ORIN))
+    sizes = (chosen.batch_tiles, chosen.row_tiles, chosen.row_warps, chosen.k_warps)
+    assert sizes == (2, 1, 2, 4)
+    configs = {key: plan.layer_configs for key, plan in results.plans.items()}
+    assert repr(configs[0, 12]) == repr(configs[2, 12]) == repr([chosen])
+    for variant, expected in enumerate([(2, 1, 1, 8), (2, 1, 4, 2), (2, 2, 2, 4), (1, 1, 2, 4)], 1):
+        (found,) = configs[LAYERS | variant << 4, 12]
+        assert (found.batch_tiles, found.row_tiles, found.row_warps, found.k_warps) == expected
+    assert repr(configs[LAYERS | 4 << 4, 1]) == repr(configs[LAYERS, 1])
+
+
+def test_variants_of_a_chain(heads: Program) -> None:
+    results = heads(Case("fp16", (8, 8, 900), rows=(12,), norm=True))
+    plans = [results.plans[CHAIN | variant << 4, 12].chain_config for variant in range(5)]
+    found = [(config.batch_tiles, config.warps, config.slices) for config in plans]
+    assert found == [(2, 8, 8), (2, 8, 16), (2, 8, 4), (2, 4, 8), (1, 8, 8)]
 
 
 def test_one_memory_serves_summaries_of_all_batches(heads: Program) -> None:

@@ -48,7 +48,7 @@ def install(constraints: list[str]) -> None:
             f"CUDA_ROOT = {str(include.parent)!r}\n"
             "CUDA_ENABLE_CURAND = False\n"
             f"CUDADRV_LIB_DIR = [{str(link.parent)!r}]\n"
-            "CXXFLAGS = ['-O0', '-w']\n"  # half the time; what it wraps is what takes time
+            "CXXFLAGS = ['-O1', '-w']\n"  # compiles sooner than by default, and is as fast
         )
         subprocess.run([*pip, "install", *limits, str(source)], check=True)
 
