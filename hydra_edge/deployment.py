@@ -6,8 +6,9 @@ the CPU is timed where it is built.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra_edge import targets
@@ -57,36 +58,30 @@ def steps(
             "Pick one of those.",
         )
     local = asked.partition("@")[0] == targets.LOCAL
-    anywhere = target.backend == "tensorrt_rtx"
-    site = HERE if local or anywhere or target.gpu is None else DEVICE
-    engine = f"{graph.stem}.hydra"
+    engine = shlex.quote(f"{graph.stem}.hydra")
     words = [
-        *("hydra-edge compile", str(graph) if site == HERE else graph.name),
+        *("hydra-edge compile", shlex.quote(str(graph))),
         *("--target", asked),
         *(("--precision", precision) if precision != "fp32" else ()),
         *(("--calibration", _CALIBRATION) if precision in _CALIBRATED else ()),
         *(("--batch", _range(batches)) if tuple(batches) != _USUAL else ()),
         *("-o", engine),
     ]
-    compiling = Step(site, " ".join(words), _why(target))
-    if anywhere and not local:
-        copying = Step(HERE, f"scp {engine} DEVICE:", "one file holds all that runs there")
+    compiling = Step(HERE, " ".join(words), _why(target, packed=False))
+    if local or target.gpu is None:
+        return (*_full_speed(target, HERE), compiling)
+    copying = Step(HERE, f"scp {engine} DEVICE:", "one file holds all that is needed there")
+    if target.backend == "tensorrt_rtx":
         return (compiling, copying)
-    remote = [_copying(graph, precision), _checking(target)] if site == DEVICE else []
-    return (*remote, *_full_speed(target, site), compiling)
+    packing = replace(compiling, why=_why(target, packed=True))
+    building = Step(DEVICE, f"hydra-edge compile {engine} -o {engine}", _why(target, packed=False))
+    return (packing, copying, _checking(target), *_full_speed(target, DEVICE), building)
 
 
 def _range(batches: Sequence[int]) -> str:
     """Smallest, best and largest."""
     ordered = sorted(batches)
     return f"{ordered[0]},{ordered[len(ordered) // 2]},{ordered[-1]}"
-
-
-def _copying(graph: Path, precision: str) -> Step:
-    calibration = precision in _CALIBRATED
-    data = f" {_CALIBRATION}" if calibration else ""
-    why = " and inputs to find scales with" if calibration else ""
-    return Step(HERE, f"scp {graph}{data} DEVICE:", f"the graph{why}")
 
 
 def _checking(target: Target) -> Step:
@@ -111,7 +106,9 @@ def _full_speed(target: Target, where: str) -> list[Step]:
     ]
 
 
-def _why(target: Target) -> str:
+def _why(target: Target, *, packed: bool) -> str:
+    if packed:
+        return "quantizes, fuses, verifies and packs up; that needs no GPU"
     return {
         "onnxruntime": "lowerings are timed where they will run",
         "tensorrt": "TensorRT times its kernels where they will run",

@@ -410,7 +410,7 @@ def test_plan(files: Path) -> None:
     assert found["heads"] == 3
     assert found["target"]["gpu"]["compute_capability"] == 89
     assert found["features"][0]["name"] == "fp8"
-    assert found["steps"][0]["command"] == f"scp {files / 'student.onnx'} DEVICE:"
+    assert found["steps"][1]["command"] == "scp student.hydra DEVICE:"
     shown = hydra("plan", files / "student.onnx", "--target", "jetson-thor@jp7.0")
     assert shown.exit_code == 0, shown.output
     assert "jetson-thor@jp7.0: TensorRT 10.13" in shown.output

@@ -113,7 +113,7 @@ def test_notes_and_commands() -> None:
     text = lines(found, "jetson-thor")
     assert "A floor is the least time" in text
     assert "mind: No tensor rate of int8" in text
-    assert "  on this machine: the graph\n    scp a[b].onnx DEVICE:\n" in text
+    assert "    scp 'a[b].hydra' DEVICE:\n" in text
     assert "  on the device: MAXN, as" in text
     assert text.endswith(
         "    hydra-edge compile a[b].onnx --target jetson-thor --precision fp16 -o a[b].hydra\n"

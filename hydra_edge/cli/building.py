@@ -93,7 +93,7 @@ def compile_(
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize (if asked), fuse, lower, build and verify: from an ONNX file to an engine."""
-    from hydra_edge import exporting, inspection, pipeline
+    from hydra_edge import detection, exporting, inspection, pipeline, targets
     from hydra_edge.artifacts.arrays import load_dataset
     from hydra_edge.artifacts.engine import Engine
     from hydra_edge.artifacts.graph import Graph
@@ -120,6 +120,8 @@ def compile_(
         progress=not as_json,
     )
     lowering = _QDQ if no_plugin else lowering
+    if target is not None and target.partition("@")[0] == targets.LOCAL:
+        terminal.show_step(f"local is {detection.detect().found}")
     if file.suffix == ".hydra":
         given = {
             "--precision": precision != "fp32",
