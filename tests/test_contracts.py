@@ -143,6 +143,7 @@ def test_tests_mirror_modules() -> None:
     others = {
         "test_contracts.py",
         "test_benchmark.py",
+        "test_conformance.py",
         "test_corpus.py",
         "test_docs.py",
         "test_examples.py",

@@ -49,7 +49,7 @@ class CopyEngine:
         device_memory_bytes: Scratch memory of a context.
         context_bytes: What each context takes besides.
         refuse: Method of a context that is refused from now on, e.g. ``"execute_async"``.
-        raising: What `execute_async` raises from now on.
+        raising: What `execute_async` raises from now on, after `raising_after` further runs.
         capturable: What contexts answer.
         waits: Whether runs wait for the stream, which spoils a capture: "and tells", "silently".
         refuse_after: So many further runs, and then one that is refused.
@@ -65,6 +65,7 @@ class CopyEngine:
     dtype: npt.DTypeLike = np.float32
     refuse: str = ""
     raising: BaseException | None = None
+    raising_after: int = 0
     capturable: bool = True
     waits: str = ""
     refuse_after: int = -2
@@ -141,7 +142,9 @@ class CopyContext:
         engine = self.engine
         assert self.batch is not None
         if engine.raising is not None:
-            raise engine.raising
+            if engine.raising_after <= 0:
+                raise engine.raising
+            engine.raising_after -= 1
         engine.refuse_after -= 1
         if engine.refuse == "execute_async" or engine.refuse_after == -1:
             return False

@@ -77,10 +77,15 @@ def test_an_empty_one(device: Device, stream: Stream) -> None:
     buffer.free()
 
 
-def test_freeing_twice(device: Device, stream: Stream) -> None:
+def test_free_is_free(device: Device, double: Double, stream: Stream) -> None:
+    """At once, although a view of it is still known to somebody; and twice is fine."""
+    before = double.counts()
     buffer = Buffer(device, "x", 40)
+    view = buffer.view((10,), np.dtype(np.float32))
     buffer.free()
+    assert double.counts() == before
     buffer.free()
+    del view
 
 
 def test_shared_memory_is_mapped(device: Device, double: Double, stream: Stream) -> None:
@@ -105,9 +110,11 @@ def test_no_memory_on_the_gpu(device: Device, double: Double, stream: Stream) ->
     before = double.counts()
     with (
         double.having(elsewhere_bytes=double.get("memory_bytes")),
-        pytest.raises(device.driver.MemoryError),
+        pytest.raises(device.driver.MemoryError) as caught,
     ):
         Buffer(device, "x", 40)
+    assert double.counts() == before  # although the error's traceback knows the buffer
+    assert caught.tb is not None
     double.fail("cuMemHostAlloc", OUT_OF_MEMORY)
     with pytest.raises(device.driver.MemoryError):
         Buffer(device, "x", 40)

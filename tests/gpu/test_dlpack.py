@@ -49,6 +49,13 @@ def test_reading_strides_and_offsets() -> None:
     assert content.strides == (12, 4)
 
 
+def test_reading_what_begins_later() -> None:
+    values = np.arange(6.0)
+    capsule = values.__dlpack__()
+    dlpack._Tensor.from_address(dlpack._pointer(capsule, b"dltensor")).byte_offset = 16
+    assert dlpack.read(capsule).address == values.ctypes.data + 16
+
+
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [

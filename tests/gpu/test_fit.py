@@ -160,6 +160,7 @@ def test_facts_that_are_none(changes: dict[str, object]) -> None:
             "of Jetson Linux 35.4.1, which is not known",
         ),
         ("# R360 (release), REVISION: 4.3", "of Jetson Linux 360.4.3, which is not known"),
+        ("# R36 (release), REVISION: 40.3", "of Jetson Linux 36.40.3, which is not known"),
         ("hello", "of an unknown Jetson Linux, 'hello'"),
         ("", "of an unknown Jetson Linux, ''"),
     ],

@@ -46,6 +46,7 @@ def test_on_the_double(library: Path, name: str) -> None:
         text=True,
         check=False,
         cwd=HERE.parents[1],
+        timeout=300,  # callers that wait for each other in vain
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

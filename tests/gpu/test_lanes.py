@@ -88,6 +88,15 @@ def test_no_scratch_memory(device: Device, start: Start) -> None:
         check(runner, X[:3])
 
 
+def test_what_was_refused_leaves_nothing_behind(device: Device, start: Start) -> None:
+    """A batch whose dtype is wrong has set the context's shapes before it is refused."""
+    runner = start(CopyEngine(device), graphs=0)
+    check(runner, X[:8])
+    with pytest.raises(InputError, match="float64"):
+        runner.run({"x": X[:3].astype(float)}, ("mean", "logits"))
+    check(runner, X[8:16])
+
+
 # profiles
 
 
@@ -236,9 +245,11 @@ def test_an_engine_that_cannot_be_captured(
     device: Device, double: Double, start: Start, waits: str, message: str
 ) -> None:
     """It waits for the stream, as plugins do that were not made for it."""
-    runner = start(CopyEngine(device, waits=waits))
-    for _ in range(4):
+    engine = CopyEngine(device, waits=waits)
+    runner = start(engine)
+    for _ in range(5):
         check(runner, X[:4])
+    assert len(engine.log) == 2  # it is tried once
     assert runner.plain_because is not None
     assert message in runner.plain_because
     assert double.counts().graphs == double.counts().executables == 0
@@ -253,6 +264,21 @@ def test_an_engine_that_refuses_while_it_is_captured(device: Device, start: Star
         check(runner, X[:4])
     assert runner.plain_because is not None
     assert "The copy engine was told to." in runner.plain_because
+
+
+def test_an_interrupt_while_an_engine_is_captured(
+    device: Device, double: Double, start: Start
+) -> None:
+    engine = CopyEngine(device)
+    runner = start(engine)
+    check(runner, X[:4])
+    engine.raising, engine.raising_after = KeyboardInterrupt(), 1
+    with pytest.raises(KeyboardInterrupt):
+        check(runner, X[:4])
+    assert double.counts().graphs == 0
+    engine.raising = None
+    for _ in range(4):
+        check(runner, X[:4])
 
 
 def test_an_engine_that_can_be_captured_later(device: Device, double: Double, start: Start) -> None:

@@ -107,10 +107,12 @@ def pycuda_library() -> Path:
 class Counts:
     """What is there; ``lost`` are bytes and objects that were there when the context died.
 
-    ``pushed`` counts contexts on the stacks of all threads, ``pageable`` copies from or to memory
+    ``retained`` counts references to the primary context, ``pushed`` contexts on the stacks of all
+    threads, ``pageable`` copies from or to memory
     that is not page-locked.
     """
 
+    retained: int
     pushed: int
     device_bytes: int
     host_bytes: int

@@ -88,7 +88,7 @@ static struct {
                 {"elsewhere_bytes", 0}};
 
 static struct {
-  int64_t pushed, device_bytes, host_bytes, streams, events, graphs, executables, lost, pageable;
+  int64_t retained, pushed, device_bytes, host_bytes, streams, events, graphs, executables, lost, pageable;
 } counts;
 
 static struct {
@@ -359,7 +359,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
   WITHOUT_CONTEXT;
   (void)device;
-  ++primary.references;
+  counts.retained = ++primary.references;
   primary.alive = 1;
   *context = &primary;
   return CUDA_SUCCESS;
@@ -369,7 +369,8 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   WITHOUT_CONTEXT;
   (void)device;
   if (!primary.references) return CUDA_ERROR_INVALID_CONTEXT;
-  if (--primary.references) return CUDA_SUCCESS;
+  counts.retained = --primary.references;
+  if (primary.references) return CUDA_SUCCESS;
   run_all();
   if (!spoiled)
     counts.lost += counts.device_bytes + counts.host_bytes + counts.streams + counts.events +
