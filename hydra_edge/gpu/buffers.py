@@ -39,7 +39,7 @@ class Buffer:
         self._allocation: Any = None
         mapped = driver.host_alloc_flags.DEVICEMAP if device.integrated else 0
         # uint8, because numpy exports no buffer of bfloat16, which copies need.
-        self._host = driver.pagelocked_empty(max(size_bytes, 1), np.uint8, mem_flags=mapped)
+        self._host = driver.pagelocked_empty((max(size_bytes, 1),), np.uint8, mem_flags=mapped)
         try:
             if device.integrated:
                 self.address = int(self._host.base.get_device_pointer())

@@ -39,7 +39,7 @@ class _Plan:
     runs: int = 0
     context: Context | None = None
     graph: Graph | None = None
-    is_plain: bool = False  # it was tried, and no graph came of it
+    is_plain: bool = False  # it gets no graph
 
 
 class Lane:
@@ -255,6 +255,7 @@ class Lane:
             return True
         if sum(p.context is not None for p in self._plans.values()) < self._graphs.most:
             return True
+        plan.is_plain = True
         self._graphs.explain(
             f"There are {self._graphs.most} graphs already, for the batch sizes that came first."
         )
@@ -293,13 +294,11 @@ class Lane:
         return context
 
     def _find_profile(self, batch: int) -> int:
+        """The narrowest profile that holds the batch: it was optimized for the least else."""
         profiles = self._engine.profiles
-        low, high = profiles[self._profile]
-        if low <= batch <= high:  # a switch costs something
-            return self._profile
-        for number, (low, high) in enumerate(profiles):
-            if low <= batch <= high:
-                return number
+        holding = [n for n, (low, high) in enumerate(profiles) if low <= batch <= high]
+        if holding:
+            return min(holding, key=lambda n: profiles[n][1] - profiles[n][0])
         ranges = ", ".join(f"{low} to {high}" for low, high in profiles)
         raise InputError(
             f"A batch of {batch} was to be run.",

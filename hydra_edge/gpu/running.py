@@ -38,7 +38,7 @@ class Limits:
 
 
 class EngineRunner:
-    """Runs an engine; implements `hydra_edge.backends.Runner`. It owns engine and device.
+    """Runs an engine; implements `hydra_edge.programs.Runner`. It owns engine and device.
 
     There is a lane per concurrent caller, made when it is first needed. Where memory is too short
     for another one, callers wait for those there are.

@@ -353,6 +353,7 @@ int main(int count, char** arguments) {
 
     const Network network(given, built);
     check_formats(built, network);
+    require(built.build->getFormatCombinationLimit() >= 1, "no format would be timed");
     const auto ranges = network.ranges();
     const DynamicPluginTensorDesc *in = ranges.data(), *out = in + network.inputs();
     const int32_t inputs = network.inputs(), outputs = network.outputs();

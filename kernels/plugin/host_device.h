@@ -8,10 +8,9 @@
 #include <cstring>
 #include <vector>
 
-#include "hydra_kernels.h"
-#ifdef HYDRA_EMULATED
 #include "emulator/hydra_emulator.h"
-#else
+#include "hydra_kernels.h"
+#ifndef HYDRA_EMULATED
 #include <cuda_runtime_api.h>
 #endif
 
@@ -164,8 +163,6 @@ class Stream {
 // What happened on the device meanwhile. On a GPU nobody counts.
 class Watch {
  public:
-#ifdef HYDRA_EMULATED
-  Watch() { hydra_emulator_read_counters(&before_); }
   uint64_t launches() const { return now().launches - before_.launches; }
   uint64_t blocks() const { return now().blocks - before_.blocks; }
   uint64_t memsets() const { return now().memsets - before_.memsets; }
@@ -175,19 +172,14 @@ class Watch {
 
  private:
   static hydra_emulator_counters now() {
-    hydra_emulator_counters counters;
+    hydra_emulator_counters counters{};
+#ifdef HYDRA_EMULATED
     hydra_emulator_read_counters(&counters);
+#endif
     return counters;
   }
-  hydra_emulator_counters before_;
-#else
-  uint64_t launches() const { return 0; }
-  uint64_t blocks() const { return 0; }
-  uint64_t memsets() const { return 0; }
-  uint64_t allocations() const { return 0; }
-  uint64_t frees() const { return 0; }
-  uint64_t waits() const { return 0; }
-#endif
+
+  hydra_emulator_counters before_ = now();
 };
 
 }  // namespace hydra::plugin

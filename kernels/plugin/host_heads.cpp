@@ -105,7 +105,10 @@ int main(int count, char** arguments) {
       write_plans(given, heads, tactic, results);
     }
     run_all(given, heads, "detached", tactics, bench);
+    heads.set_tactic(tactics.front());
     Heads attached(heads);
+    require(attached.prepare(given.rows[0]) == HYDRA_OK, "prepare");
+    require(attached.plan().tactic == tactics.front(), "a copy has another tactic");
     require(attached.attach() == HYDRA_OK, "attach");
     run_all(given, attached, "attached", tactics, bench);
   }

@@ -286,7 +286,7 @@ hydra_linear_shape layer_shape(const Specification& s, int layer, int32_t rows) 
   shape.weight_type = s.weight_type;
   shape.y_type = last ? s.y_type : s.hidden_type();
   shape.x_per_head = first ? s.x_per_head : 1;
-  shape.quantize_x = first ? s.quantize_x : 0;
+  shape.quantize_x = s.quantize_x;  // says nothing of int8
   shape.group = s.group;
   shape.activation = s.activations[layer];
   shape.summary = last ? s.summary : int32_t(HYDRA_NO_SUMMARY);

@@ -55,6 +55,7 @@ class CopyEngine:
         refuse_after: So many further runs, and then one that is refused.
         unknown_sizes: Whether nobody knows how large outputs are.
         gate: Where runs wait.
+        arrived: Released by each run that gets there.
         log: What happened.
     """
 
@@ -71,6 +72,7 @@ class CopyEngine:
     refuse_after: int = -2
     unknown_sizes: bool = False
     gate: threading.Event | None = None
+    arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     log: list[str] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
@@ -97,6 +99,11 @@ class CopyEngine:
             held = None
         self.log.append(f"context in profile {profile}")
         return CopyContext(self, profile, held)
+
+    def wait_for(self, runs: int) -> None:
+        """Until so many further runs have arrived at the gate."""
+        for _ in range(runs):
+            assert self.arrived.acquire(timeout=10)
 
     def words(self) -> str:
         return "The copy engine was told to."
@@ -150,6 +157,7 @@ class CopyContext:
             return False
         engine.running += 1
         engine.most_running = max(engine.most_running, engine.running)
+        engine.arrived.release()
         if engine.gate is not None:
             engine.gate.wait(10)
         size = self.batch * WIDTH * np.dtype(engine.dtype).itemsize

@@ -107,13 +107,18 @@ def test_the_profile_that_holds_the_batch(device: Device, start: Start) -> None:
         check(runner, X[:size])
     assert engine.log == [
         "context in profile 2",  # the largest: buffers are sized in it
-        "switch to profile 0",  # 4 fits where it is
-        "switch to profile 1",
-        "switch to profile 2",
-        "switch to profile 0",
+        *(f"switch to profile {number}" for number in (1, 0, 1, 2, 0)),
     ]
     with pytest.raises(InputError, match="takes 1 to 1, 2 to 4, 4 to 16 samples"):
         runner.run({"x": X[:17]}, ("mean",))
+
+
+def test_a_profile_for_one_size_inside_another(device: Device, start: Start) -> None:
+    engine = CopyEngine(device, profiles=((1, 32), (1, 1), (8, 8)))
+    runner = start(engine, graphs=0)
+    for size in (1, 1, 7, 8, 9, 32):
+        check(runner, X[:size])
+    assert engine.log[1:] == [f"switch to profile {number}" for number in (1, 0, 2, 0)]
 
 
 def test_graphs_in_several_profiles(device: Device, start: Start) -> None:

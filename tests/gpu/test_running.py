@@ -26,15 +26,6 @@ pytestmark = pytest.mark.gpu
 X = samples(64)
 
 
-def until(condition: object, what: str) -> None:
-    """Wait for another thread."""
-    for _ in range(1000):
-        if condition():  # type: ignore[operator]
-            return
-        threading.Event().wait(0.01)
-    pytest.fail(what)
-
-
 # callers at once
 
 
@@ -60,7 +51,7 @@ def test_each_caller_has_a_lane_of_its_own(device: Device, start: Start) -> None
     assert len(engine.log) == 1  # made when they are needed
     with ThreadPoolExecutor(5) as pool:
         futures = [pool.submit(check, runner, X[i : i + 4]) for i in range(5)]
-        until(lambda: engine.running == 3, "three callers run at once")
+        engine.wait_for(3)
         assert engine.most_running == 3
         engine.gate.set()  # type: ignore[union-attr]
         for future in futures:
@@ -116,11 +107,14 @@ def test_buffers_that_find_no_memory(
     size = double.get("memory_bytes") if function == "cuMemAlloc" else 0
     with ThreadPoolExecutor(2) as pool, double.having(elsewhere_bytes=size):
         first = pool.submit(check, runner, X[:4])
-        until(lambda: engine.running == 1, "the first caller runs")
+        engine.wait_for(1)
         if not size:
             double.fail(function, OUT_OF_MEMORY)
         second = pool.submit(check, runner, X[4:8])
-        until(lambda: runner.lanes == 1, "the second settles for the first one's lane")
+        for _ in range(1000):
+            if runner.lanes == 1:  # the second settles for the first one's lane
+                break
+            threading.Event().wait(0.01)
         engine.gate.set()  # type: ignore[union-attr]
         first.result()
         second.result()
@@ -268,7 +262,7 @@ def test_closing_waits_for_runs_and_turns_away_who_waits(device: Device) -> None
     runner = EngineRunner(engine, Device(), Limits(lanes=2))
     with ThreadPoolExecutor(5) as pool:
         running = [pool.submit(runner.run, {"x": X[i : i + 2]}, ("mean",)) for i in range(2)]
-        until(lambda: engine.running == 2, "two callers run")
+        engine.wait_for(2)
         waiting = [pool.submit(runner.run, {"x": X[:1]}, ("mean",)) for _ in range(2)]
         closing = pool.submit(runner.close)
         for future in waiting:

@@ -36,7 +36,7 @@ SUMMARIES = {
     "sigmoid": reference_sigmoid,
     "gaussian": reference_gaussian,
 }
-EPSILON = 1e-5
+EPSILON = 0.1
 T = TypeVar("T", ChainConfig, LinearConfig, SummaryConfig)
 
 

@@ -198,6 +198,7 @@ def test_a_batch_beyond_the_engines_largest(heads: Program) -> None:
     [
         (1 << 20, Case("fp16", MLP)),
         (-1, Case("fp16", MLP)),
+        (CHAIN - 16, Case("fp16", MLP)),
         (CHAIN | 5 << 4, Case("fp16", MLP)),
         (3, Case("fp16", MLP)),
         (CHAIN | BEHIND << 2, Case("fp16", MLP)),
@@ -282,6 +283,11 @@ def test_wrong_fields_are_refused(heads: Program, message: str) -> None:
             "bias of layer 1 is [2, 10]. That of these heads is [2, 11]",
         ),
         (Case("fp16", MLP, rows=(0,)), "x is [0, 40]."),
+        (Case("fp16", MLP, most=70000, summary="softmax"), "A summary of 2 heads and 70000 rows."),
+        (
+            Case("fp16", (20, 24), per_head=True, fields={"x_per_head": 0, "widths": [5, 24]}),
+            "x is [2, 5, 20]. That of these heads is [B, 5]",
+        ),
         (Case("fp16", MLP, fields={"x_per_head": 1}), "x is [5, 40]. That of these heads is [2, B"),
         (
             Case("fp16", MLP, fields={"norms": [1, 0], "epsilons": [0.1, 0.0]}),
@@ -295,6 +301,11 @@ def test_what_does_not_fit_is_refused(heads: Program, case: Case, message: str) 
     assert refused.count(". ") == 2
 
 
+def test_text_may_end_in_nul(heads: Program) -> None:
+    case = Case("fp16", MLP, fields={"layout": f"{packing.LAYOUT}\0"})
+    heads(case).check(case)
+
+
 def test_equal_heads_have_equal_names_and_others_do_not(heads: Program) -> None:
     cases = [
         *[Case(variant, MLP, rows=(1,)) for variant in VARIANTS],
@@ -302,7 +313,7 @@ def test_equal_heads_have_equal_names_and_others_do_not(heads: Program) -> None:
         Case("fp16", MLP, m=3, rows=(1,)),
         Case("fp16", MLP, rows=(1,), activation="gelu"),
         Case("fp16", MLP, rows=(1,), norm=True),
-        Case("fp16", MLP, rows=(1,), norm=True, fields={"epsilons": [1.0000001e-5, 0.0]}),
+        Case("fp16", MLP, rows=(1,), norm=True, fields={"epsilons": [0.10000001, 0.0]}),
         Case("fp16", MLP, rows=(1,), summary="softmax"),
         Case("fp16", MLP, rows=(1,), summary="sigmoid"),
         Case("fp16", MLP, rows=(1,), per_head=True),
