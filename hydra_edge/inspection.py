@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import platform
 import re
@@ -235,6 +236,9 @@ def describe_environment(root: Path = Path("/")) -> tuple[Rows, bool]:
             rows[distribution] = f"{_version(module, distribution)} ({purpose})"
             continue
         healthy = healthy and extra is not None
+        if importlib.util.find_spec(module.partition(".")[0]) is not None:
+            rows[distribution] = f"installed, but does not load ({problem}): for {purpose}"
+            continue
         rows[distribution] = f"missing ({problem}): needed for {purpose}"
         if unseen := next(root.glob(f"usr/lib/python3*/dist-packages/{module}"), None):
             rows[distribution] = f"{rows[distribution]}; {_UNSEEN.format(unseen.parent)}"
@@ -244,7 +248,7 @@ def describe_environment(root: Path = Path("/")) -> tuple[Rows, bool]:
     rows["cuda kernels"] = _kernels()
     rows["tensorrt plugin"] = _plugins()
     rows["to install"] = [f"{command}  (for {', '.join(n)})" for command, n in missing.items()] or (
-        "nothing: all of it is here"
+        "nothing is missing"
     )
     return rows, healthy
 

@@ -182,7 +182,7 @@ def test_doctor_sees_what_a_virtual_environment_does_not(
     rows, _ = inspection.describe_environment(jetson(tmp_path))
     assert "usr/lib/python3.10/dist-packages, which this virtual environment" in rows["tensorrt"]
     assert "--system-site-packages" in rows["tensorrt"]
-    assert rows["to install"] == "nothing: all of it is here"
+    assert rows["to install"] == "nothing is missing"
 
 
 def test_doctor_survives_a_library_that_does_not_load(
@@ -195,7 +195,10 @@ def test_doctor_survives_a_library_that_does_not_load(
         inspection, "_LIBRARIES", (("broken_library", "broken", "tensorrt", "engines"),)
     )
     rows, _ = inspection.describe_environment(tmp_path)
-    assert rows["broken"] == "missing (libnvinfer.so.10: not found): needed for engines"
+    assert rows["broken"] == (
+        "installed, but does not load (libnvinfer.so.10: not found): for engines"
+    )
+    assert rows["to install"] == "nothing is missing"
 
 
 def test_versions_that_only_python_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
