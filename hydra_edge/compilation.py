@@ -25,6 +25,7 @@ Array = npt.NDArray[np.generic]
 _TIMING_SECONDS = 0.5  # per candidate lowering, in all rounds together
 _TIMING_ROUNDS = 7
 _GAIN = 0.96  # one program timed twice differs by a few percent: benchmarks/results/fused-cpu.json
+_GOLDEN = 16  # samples, if the batch range allows
 UNFUSED = "unfused"  # what a program's lowering is called when separate branches were faster
 
 
@@ -95,13 +96,18 @@ def compile(
     for row in rows:
         _check_precision(graph, row)
     backend = backends.find(rows[0].backend)
-    options = replace(options, batch=_batch_range(graph, options.batch))
+    options = replace(options, batch=_batch_range(graph, options))
+    sources = _sources(graph, unfused, backend, options)
     feeds = (
         check_arrays(golden, graph.inputs)
         if golden is not None
-        else equivalence.random_inputs(graph.inputs, batch=min(16, options.batch[2]))
+        else equivalence.random_inputs(graph.inputs, batch=_GOLDEN)
     )
-    record = Golden(feeds, evaluate(graph.model, feeds), equivalence.tolerance_of(graph.model))
+    feeds = {name: _fitted(array, options.batch) for name, array in feeds.items()}
+    tolerance = equivalence.tolerance_of(graph.model)
+    if options.build.tf32:
+        tolerance = max(tolerance, equivalence.HALF_TOLERANCE)  # as many bits
+    record = Golden(feeds, evaluate(graph.model, feeds), tolerance)
     request = BuildRequest(rows, graph.inputs, options.batch, options.build)
     program = Program(
         inputs=graph.inputs,
@@ -118,7 +124,6 @@ def compile(
     if elsewhere:
         program = replace(program, notes=(elsewhere,), facts=_asked(options))
     else:
-        sources = _sources(graph, unfused, backend, options)
         program = _built(program, sources, backend, request, options)
     metadata = graph.metadata
     return Engine(
@@ -142,7 +147,8 @@ def compile(
 
 def _rows(target: str) -> tuple[Target, ...]:
     """The targets that one engine is for."""
-    rows = tuple(detection.find(name.strip()) for name in target.split(","))
+    names = dict.fromkeys(name.strip() for name in target.split(","))
+    rows = tuple(dict.fromkeys(map(detection.find, names)))
     shared = {row.backend for row in rows}
     if len(rows) > 1 and (len(shared) > 1 or not backends.find(rows[0].backend).SEVERAL_TARGETS):
         raise InputError(
@@ -169,8 +175,16 @@ def _check_precision(graph: Graph, row: Target) -> None:
         )
 
 
-def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, int]:
+def _fitted(array: Array, batch: tuple[int, int, int]) -> Array:
+    """As many samples as the program takes at once: the first, or the last one repeated."""
+    array = array[: batch[2]]
+    missing = batch[0] - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, 0)]) if missing > 0 else array
+
+
+def _batch_range(graph: Graph, options: CompileOptions) -> tuple[int, int, int]:
     """A graph with a fixed batch has a range of one."""
+    wanted = options.batch
     for spec in (*graph.inputs, *graph.outputs):
         if spec.dtype in ("unknown", "object"):
             raise CompilationError(
@@ -186,20 +200,28 @@ def _batch_range(graph: Graph, wanted: tuple[int, int, int]) -> tuple[int, int, 
             "Axis 0 of every input is the batch: all sizes are open, or all are the same.",
             "Export the model with a batch axis on every input.",
         )
-    return (fixed.pop(),) * 3 if fixed else wanted
+    found = (fixed.pop(),) * 3 if fixed else wanted
+    for profile in options.build.profiles:
+        if not found[0] <= profile[0] <= profile[2] <= found[2]:
+            raise InputError(
+                f"A profile is for batches {profile[0]} to {profile[2]}.",
+                f"The engine takes {found[0]} to {found[2]} at once, and splits what is larger.",
+                "Widen the batch range, or choose profiles inside it.",
+            )
+    return found
 
 
 def _sources(
     graph: Graph, unfused: Graph | None, backend: Backend, options: CompileOptions
 ) -> list[tuple[str, Graph]]:
     """What is worth building, by lowering: of ``graph``, and last the unfused one."""
-    names = backend.LOWERINGS if lowering.has_heads(graph) else backend.LOWERINGS[:1]
+    names = backend.LOWERINGS if lowering.has_heads(graph) else (backend.PLAIN,)
     fused = any(group.fused for group in graph.fusion)
     if unfused is not None and fused and _same_interface(unfused, graph):
         names = (*names, UNFUSED)
     if options.lowering:
         names = (options.lowering,)
-    if not set(names) <= {*backend.LOWERINGS, UNFUSED}:
+    if not set(names) <= {*backend.LOWERINGS, backend.PLAIN, UNFUSED}:
         raise InputError(
             f"Unknown lowering '{options.lowering}'.",
             f"For this target there are: {', '.join(backend.LOWERINGS)}.",
@@ -282,7 +304,7 @@ def _candidate(
         CompilationError: It was refused, or computes something else.
         MissingDependencyError: Something is missing that this lowering needs.
     """
-    lowered = lowering.lower(source, backend.LOWERINGS[0] if name == UNFUSED else name)
+    lowered = lowering.lower(source, backend.PLAIN if name == UNFUSED else name)
     record = program.golden
     loosest = max(record.tolerance, equivalence.tolerance_of(lowered.model))
     record = replace(record, tolerance=loosest)
@@ -292,13 +314,14 @@ def _candidate(
     else:
         # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
         judge = backends.find("onnxruntime")
-        ours = lowering.lower(lowered, judge.LOWERINGS[0])
+        ours = lowering.lower(lowered, judge.PLAIN)
         plain = replace(request, options=BuildOptions())
         error = _error(judge.build(ours.model, plain), judge, options, record)
         built = backend.build(lowered.model, request) if error <= loosest else Built(b"")
     if error > loosest:
         raise _DriftError({name: error}, loosest)
-    return _Candidate(built, source, record)
+    note = lowering.note_of(lowered)
+    return _Candidate(replace(built, notes=(*built.notes, note)) if note else built, source, record)
 
 
 def _error(built: Built, backend: Backend, options: CompileOptions, record: Golden) -> float:

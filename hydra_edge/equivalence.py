@@ -27,6 +27,7 @@ FLOAT_TOLERANCE = 1e-4
 QUANTIZED_TOLERANCE = 5e-2
 # fp16 keeps 11 bits: 5e-4 relative per operation.
 HALF_TOLERANCE = 1e-2
+BFLOAT_TOLERANCE = 4e-2  # 8 bits: 4e-3
 
 
 def random_inputs(
@@ -60,8 +61,12 @@ def tolerance_of(model: onnx.ModelProto) -> float:
     ops = {node.op_type for node in model.graph.node}
     if ops & {"QuantizeLinear", "QuantizedGroupedMatMul"}:
         return QUANTIZED_TOLERANCE
-    halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
-    if halves or heads.OP in ops:  # whose hidden activations have 16 bits or fewer
+    stored = {tensor.data_type for tensor in model.graph.initializer}
+    if onnx.TensorProto.BFLOAT16 in stored:
+        return BFLOAT_TOLERANCE
+    if (
+        onnx.TensorProto.FLOAT16 in stored or heads.OP in ops
+    ):  # whose hidden activations have 16 bits or fewer
         return HALF_TOLERANCE
     return FLOAT_TOLERANCE
 

@@ -68,14 +68,15 @@ def lower(graph: Graph, lowering: str) -> Graph:
         )
     surgeon = surgery.open_model(graph.model)
     emitter = _Emitter(surgeon)
+    steps = f"lower:{lowering}"
     if lowering == PLUGIN:
-        _take_heads(surgeon)
+        steps = " ".join((steps, *_take_heads(surgeon)))
     else:
         plugin_restore.restore(surgeon)
     if lowering in (EXPLICIT, PLUGIN):
         for node in list(surgeon.nodes):
             emitter.explicit(node)
-        return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
+        return graph.derive(surgery.close_model(surgeon, like=graph.model), steps)
     for node in list(surgeon.nodes):
         if node.op in ("GroupedMatMul", "QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul"):
             # What stands behind a node that was taken apart has lost its shape: heads are stacked.
@@ -99,14 +100,20 @@ def lower(graph: Graph, lowering: str) -> Graph:
     return graph.derive(surgery.close_model(surgeon, like=graph.model), f"lower:{lowering}")
 
 
-def _take_heads(surgeon: gs.Graph) -> None:
-    left = plugin_path.take(surgeon)
+def note_of(lowered: Graph) -> str:
+    """What `lower` has to say about what it made: what the plugin does not take, and why."""
+    return lowered.metadata.provenance[-1].partition(" ")[2]
+
+
+def _take_heads(surgeon: gs.Graph) -> list[str]:
+    notes = plugin_path.take(surgeon)
     if not any(node.op == heads.OP for node in surgeon.nodes):
         raise CompilationError(
             "No heads of the graph can be computed by the plugin.",
-            " ".join(left) or "It has no fused heads.",
+            " ".join(notes) or "It has no fused heads.",
             "Store the heads in fp16, int8 or int4-weight-only, or take the lowering 'qdq'.",
         )
+    return notes
 
 
 def has_heads(graph: Graph) -> bool:

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge import twins
+from hydra_edge import detection, twins
 from hydra_edge.artifacts.arrays import check_arrays, to_numpy
-from hydra_edge.artifacts.engine import MAIN, Engine
+from hydra_edge.artifacts.engine import MAIN, Engine, Program
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.compilation import CompileOptions, compile
-from hydra_edge.errors import DeviceMismatchError, GateError, InputError
+from hydra_edge.errors import DeviceMismatchError, GateError, GraphError, InputError
 from hydra_edge.fusion import fuse
+from hydra_edge.lowering import has_heads
 from hydra_edge.programs import BuildOptions
 from hydra_edge.quantization import Calibration, CalibrationOptions, Precision, quantize
 from hydra_edge.verification import Gates, verify
@@ -113,50 +114,62 @@ def rebuild(
     Args:
         engine: Any engine, built or not.
         target: A name from `hydra-edge targets`; by default what it was packed up for.
-        options: See `compile`; by default its batch range and, for the same target, how it was to
-            be built.
+        options: See `compile`; by default its batch range and, for targets of the same backend, how
+            it was, or was to be, built.
         on_step: Called with a line about each step as it begins.
 
     Returns:
-        The engine, with the figures measured here in place of those measured elsewhere.
+        The engine, with the figures measured here in place of those measured elsewhere. Only what
+        was packed up and not built yet has a twin to be timed against: the fused graph of a built
+        engine has none.
 
     Raises:
         DeviceMismatchError: This machine cannot build for the target.
         HydraError: See `compile`.
     """
     target = target or engine.target
-    programs = {}
+    programs: dict[str, Program] = {}
+    twin_ms: float | None = None
     for name, program in engine.programs.items():
-        how = options or CompileOptions(program.batch, build=build_options(engine, target))
+        graph = program.graph
+        fused, unfused = (graph, None) if has_heads(graph) else (fuse(graph), graph)
+        how = options or kept_options(engine, program, target)
         on_step(f"compile {name} for {target}")
         golden = program.golden.inputs
-        fused = fuse(program.graph)
-        built = compile(fused, target, options=how, golden=golden, unfused=program.graph)
-        programs[name] = built.programs[MAIN]
+        built = compile(fused, target, options=how, golden=golden, unfused=unfused)
         if not built.is_built:
             raise DeviceMismatchError(
                 f"An engine for {built.target} cannot be built on this machine.",
-                programs[name].notes[0],
+                built.programs[MAIN].notes[0],
                 "Copy the file to the device, and call `hydra-edge compile FILE.hydra` there.",
             )
+        programs[name] = built.programs[MAIN]
+        plain = _PLAIN[built.backend]
+        quantized = engine.precision not in ("fp32", str(plain))
+        if name == MAIN and quantized and unfused is not None and programs[name].lowering_ms:
+            on_step(f"time the {plain} twin")
+            try:
+                twin_ms = _p50(_twin(twins.in_floats(unfused), plain, target, how))
+            except GraphError as none:  # another tool quantized it
+                on_step(f"not timed: {none.what}")
     measured = {key: v for key, v in engine.metrics.items() if not key.startswith("p50_ms")}
     result = replace(built, programs=programs, metrics=measured)
-    timed = bool(result.programs[MAIN].lowering_ms)
-    plain = _PLAIN[result.backend]
-    if timed:
+    if MAIN in programs and programs[MAIN].lowering_ms:
         measured["p50_ms"] = _p50(result)
-    if timed and engine.precision not in ("fp32", str(plain)):
-        on_step(f"time the {plain} twin")
-        float_graph = twins.in_floats(engine.programs[MAIN].graph)
-        measured[f"p50_ms_{plain}_twin"] = _p50(_twin(float_graph, plain, target, how))
+    if twin_ms is not None:
+        measured[f"p50_ms_{plain}_twin"] = twin_ms
     return replace(result, metrics=measured, calibration_sha256=engine.calibration_sha256)
 
 
-def build_options(engine: Engine, target: str) -> BuildOptions:
-    """How an engine was, or is to be, built; another target may not have those options."""
-    if target != engine.target:
-        return BuildOptions()
-    return BuildOptions.from_json(next(iter(engine.programs.values())).build_options)
+def kept_options(engine: Engine, program: Program, target: str) -> CompileOptions:
+    """How a program was, or is to be, built; a target of another backend takes its batch alone."""
+    rows = (detection.find(name.strip()) for name in target.split(","))
+    if any(row.backend != engine.backend for row in rows):
+        return CompileOptions(program.batch)
+    asked = program.lowering if not program.payload and program.lowering else None
+    return CompileOptions(
+        program.batch, lowering=asked, build=BuildOptions.from_json(program.build_options)
+    )
 
 
 def pays(engine: Engine) -> bool | None:

@@ -36,18 +36,17 @@ def take(graph: gs.Graph) -> list[str]:
     """Replace grouped layers by `HydraHeads` nodes.
 
     Returns:
-        One sentence per layer that stays as it is.
+        One sentence per layer that stays as it is, or is rounded where the graph does not.
     """
-    left = []
     taker = _Taker(graph)
     for node in list(graph.nodes):
         if node.op in GROUPED and node.outputs:
             try:
                 taker.take(node)
             except _LeftError as reason:
-                left.append(f"'{node.name}' {reason}.")
+                taker.notes.append(f"'{node.name}' {reason}.")
     surgery.sort(graph)
-    return left
+    return taker.notes
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class _Taker:
         self.count = 0
         self.outputs = {id(tensor) for tensor in graph.outputs}
         self.taken: set[int] = set()
+        self.notes: list[str] = []
 
     def take(self, node: gs.Node) -> None:
         """One node for ``node`` and what follows it.
@@ -103,12 +103,15 @@ class _Taker:
         """X in a type that the kernels read, and whether it is ``[M, B, K]``."""
         x = _before_widening(node.inputs[0])
         per_head = x.shape is None or len(x.shape) != 2
-        dtype = np.dtype(x.dtype or np.float32)
+        dtype = surgery.dtype_of(x) or np.dtype(np.float32)
         if layer.x_scale is not None and dtype not in _HALVES:
             return self.quantized(x, layer, per_head)
         if layer.weight.dtype in _HALVES and dtype != layer.weight.dtype:
             return self.cast(x, layer.weight.dtype), layer.weight.dtype, per_head, layer
         if dtype not in _HALVES:
+            self.notes.append(
+                f"The input of '{node.name}' is {dtype} in the graph and float16 in the plugin."
+            )
             half = np.dtype(np.float16)
             return self.cast(x, half), half, per_head, layer
         return x, dtype, per_head, layer
@@ -164,7 +167,7 @@ class _Taker:
     def write(self, found: Heads, x: gs.Tensor, y: gs.Tensor) -> None:
         """The node, writing ``y`` and the summary of it."""
         self.detach(y)
-        kind, out = np.dtype(y.dtype or np.float32), y
+        kind, out = surgery.dtype_of(y) or np.dtype(np.float32), y
         if kind in _HALVES:
             widened = self.widened(y)
             if widened is None and len(found.layers) == 1:
@@ -249,10 +252,10 @@ class _Taker:
 def _before_widening(x: gs.Tensor) -> gs.Tensor:
     """The 16-bit tensor that ``x`` was cast from, if it was: the kernels read that."""
     node = x.inputs[0] if x.inputs else None
-    if node is None or node.op != "Cast" or node.inputs[0].dtype is None:
+    if node is None or node.op != "Cast":
         return x
     source: gs.Tensor = node.inputs[0]
-    return source if np.dtype(source.dtype) in _HALVES else x
+    return source if surgery.dtype_of(source) in _HALVES else x
 
 
 def _code(dtype: np.dtype) -> int:
@@ -292,12 +295,14 @@ def _weight_only(node: gs.Node, layer: Layer, scale: Array) -> tuple[Layer, int]
         return replace(layer, scale=scale.reshape(count, outputs)), 0
     if layer.weight.dtype != _INT4:
         raise _LeftError(f"has weights in {layer.weight.dtype}, which the kernels do not read")
+    if not np.all(np.asarray(scale, np.float32) > 0):
+        raise _LeftError("has int4 weights with scales that are not positive")
     if scale.shape[1] == 1:
         rows = -(-inputs // _BLOCKS[-1])
         return replace(layer, scale=np.repeat(scale, rows, axis=1)), _BLOCKS[-1]
     block = int(node.attrs["block"][0])
-    if block not in _BLOCKS or not np.all(np.asarray(scale, np.float32) > 0):
-        raise _LeftError(f"has int4 weights in blocks of {block}, or scales that are not positive")
+    if block not in _BLOCKS:
+        raise _LeftError(f"has int4 weights in blocks of {block}")
     return replace(layer, scale=scale), block
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from hydra_edge.artifacts.graph import Json, TensorSpec
-from hydra_edge.errors import InputError
+from hydra_edge.errors import ArtifactError, InputError
 from hydra_edge.targets import Gpu, Target
 
 Array = npt.NDArray[np.generic]
@@ -29,7 +29,6 @@ class BuildOptions:
         optimization_level: 0 to 5: how long to look for faster ways; 3 is TensorRT's own.
         tf32: Let fp32 layers multiply with 10 bits of mantissa.
         hardware_compatible: One engine for every GPU from Ampere on, somewhat slower.
-        version_compatible: An engine that later versions of TensorRT load.
         refittable: Weights can be changed without a build, see `hydra_edge.refit`.
         strip_weights: Leave out weights that the graph beside the engine has, too; they are filled
             in when it is loaded. Implies refittable.
@@ -43,7 +42,6 @@ class BuildOptions:
     optimization_level: int | None = None
     tf32: bool = False
     hardware_compatible: bool = False
-    version_compatible: bool = False
     refittable: bool = False
     strip_weights: bool = False
     dla_core: int | None = None
@@ -58,6 +56,12 @@ class BuildOptions:
                 "TensorRT has the levels 0 (fast build) to 5 (fast engine).",
                 "Leave it out for TensorRT's own, 3.",
             )
+        if self.dla_core is not None and self.dla_core < 0:
+            raise InputError(
+                f"The DLA core {self.dla_core} was asked for.",
+                "They are counted from 0.",
+                "Leave it out: the GPU computes everything.",
+            )
         if self.workspace_mb is not None and self.workspace_mb < 1:
             raise InputError(
                 f"The workspace is {self.workspace_mb} MB.",
@@ -71,11 +75,26 @@ class BuildOptions:
 
     @classmethod
     def from_json(cls, known: Mapping[str, Json]) -> BuildOptions:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`.
+
+        Raises:
+            ArtifactError: They are not the options of this version.
+        """
         values = dict(known)
-        if "profiles" in values:
-            values["profiles"] = tuple(map(tuple, values["profiles"]))  # type: ignore[arg-type]
-        return cls(**values)  # type: ignore[arg-type]
+        try:
+            if "profiles" in values:
+                values["profiles"] = tuple(map(tuple, values["profiles"]))  # type: ignore[arg-type]
+            return cls(**values)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as exc:
+            raise ArtifactError(
+                f"The engine says that it is built with {dict(known)}.",
+                f"This version of hydra-edge does not understand that: {exc}.",
+                "Upgrade hydra-edge, or compile the graph anew.",
+            ) from exc
+
+    def over(self, others: BuildOptions) -> BuildOptions:
+        """These options, and where they are the defaults, the others."""
+        return replace(others, **{name: getattr(self, name) for name in self.asked_for()})
 
     def asked_for(self, *names: str) -> tuple[str, ...]:
         """Those of ``names``, or of all options but progress, that differ from the defaults."""
@@ -160,9 +179,10 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """What every module in this package offers."""
+    """What every module in `hydra_edge.backends` offers."""
 
-    LOWERINGS: tuple[str, ...]
+    LOWERINGS: tuple[str, ...]  # of graphs with fused heads, the one to try first in front
+    PLAIN: str  # of graphs without
     SEVERAL_TARGETS: bool  # whether one program can serve them
 
     def builds_elsewhere(self, request: BuildRequest) -> str:

@@ -70,9 +70,14 @@ def refit(engine: Engine, graphs: Graph | Mapping[str, Graph]) -> Refit:
     programs, changed = dict(engine.programs), {}
     for name, graph in given.items():
         programs[name], changed[name] = _refit(engine, programs[name], graph)
-    sources = {graph.sha256 for graph in given.values()}
-    measured = {key: value for key, value in engine.metrics.items() if key.startswith("p50_ms")}
-    result = replace(engine, programs=programs, source_sha256=min(sources), metrics=measured)
+    first = next(iter(given))
+    result = replace(
+        engine,
+        programs=programs,
+        source_sha256=programs[first].graph.sha256,
+        calibration_sha256=programs[first].graph.metadata.calibration_sha256,
+        metrics={key: value for key, value in engine.metrics.items() if key.startswith("p50_ms")},
+    )
     return Refit(result, changed)
 
 
@@ -85,7 +90,7 @@ def _refit(engine: Engine, program: Program, graph: Graph) -> tuple[Program, tup
         )
     backend = backends.find(engine.backend)
     unfused = program.lowering == UNFUSED
-    how = backend.LOWERINGS[0] if unfused else program.lowering
+    how = backend.PLAIN if unfused else program.lowering
     source = graph if unfused else fuse(graph)
     old, new = (ops.inline(lowering.lower(one, how).model) for one in (program.graph, source))
     _require_same_layers(old, new)
@@ -96,8 +101,10 @@ def _refit(engine: Engine, program: Program, graph: Graph) -> tuple[Program, tup
             "There is nothing to change.",
             "Give the graph of the new student.",
         )
-    weights = _weights(new) if program.is_stripped else changed
-    built = backend.refit(program.payload, weights, program.facts)
+    payload = program.payload
+    if program.is_stripped:
+        payload = backend.refit(payload, _weights(old), program.facts).payload
+    built = backend.refit(payload, changed, program.facts)
     record = Golden(
         program.golden.inputs,
         evaluate(source.model, dict(program.golden.inputs)),
@@ -112,9 +119,8 @@ def _refit(engine: Engine, program: Program, graph: Graph) -> tuple[Program, tup
             f"Up to {record.tolerance:g} (relative RMS) is rounding: a weight was not replaced.",
             "Compile the new graph; and please report both.",
         )
-    refitted = replace(
-        program, graph=source, payload=built.payload, facts=built.facts, golden=record
-    )
+    payload = built.stripped or built.payload
+    refitted = replace(program, graph=source, payload=payload, golden=record)
     return refitted, tuple(changed)
 
 
@@ -124,7 +130,7 @@ def fill(engine: Engine) -> Engine:
     programs = dict(engine.programs)
     for name, program in programs.items():
         if program.is_stripped:
-            how = backend.LOWERINGS[0] if program.lowering == UNFUSED else program.lowering
+            how = backend.PLAIN if program.lowering == UNFUSED else program.lowering
             model = ops.inline(lowering.lower(program.graph, how).model)
             built = backend.refit(program.payload, _weights(model), program.facts)
             programs[name] = replace(program, payload=built.payload)

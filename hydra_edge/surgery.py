@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +128,16 @@ def _write_small_types(graph: gs.Graph) -> None:
         if isinstance(tensor, gs.Constant) and str(tensor.dtype) in _WRITTEN_HERE:
             proto = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
             tensor.values = LazyValues(proto)
+
+
+def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
+    """Its type, also where GraphSurgeon has only ONNX's number for it, as of bfloat16."""
+    if tensor.dtype is None:
+        return None
+    if isinstance(tensor.dtype, int):
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.dtype))
+    found: np.dtype[Any] = np.dtype(tensor.dtype)
+    return found
 
 
 def sort(graph: gs.Graph) -> None:

@@ -6,6 +6,7 @@ a device that got a packed-up engine, its values do not matter, only its layers 
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -13,8 +14,15 @@ import onnx_graphsurgeon as gs
 
 from hydra_edge import folding, surgery
 from hydra_edge.artifacts.graph import Graph
+from hydra_edge.errors import GraphError
 
 Array = npt.NDArray[np.generic]
+_HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_FEW_BITS = frozenset({
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"),
+    *("ConvInteger", "QLinearMatMul", "QLinearConv"),
+    *("QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul"),
+})  # fmt: skip
 _BLOCKED_OPSET = 21  # the first with blocks of rows, and int4
 
 
@@ -25,8 +33,11 @@ def in_floats(graph: Graph) -> Graph:
         graph: An unfused graph.
 
     Returns:
-        An fp32 graph with the same layers, inputs and outputs. Its weights are rounded as they were
-        stored.
+        An fp32 graph with the same layers, and inputs and outputs of the same names. Its weights
+        are rounded as they were stored.
+
+    Raises:
+        GraphError: Something in it works on integers in another way than Q and DQ around a layer.
     """
     surgeon = surgery.open_model(graph.model)
     for node in list(surgeon.nodes):
@@ -43,6 +54,13 @@ def in_floats(graph: Graph) -> Graph:
         else:
             tensor.dtype = np.dtype(np.float32)
     model = surgery.close_model(surgeon, like=graph.model)
+    left = sorted({node.op_type for node in model.graph.node} & _FEW_BITS)
+    if left:
+        raise GraphError(
+            f"The graph has no twin in floats: {', '.join(left)} stays in it.",
+            "Only Q and DQ around layers of standard operators can be taken out.",
+            "Compare with the graph that it was quantized from.",
+        )
     return graph.derive(model, "float-twin", precision="fp32")
 
 
@@ -64,13 +82,11 @@ def _replace(tensor: gs.Tensor, other: gs.Tensor) -> None:
 
 
 def _is_half(tensor: gs.Tensor) -> bool:
-    """GraphSurgeon has numbers for the types that numpy lacks."""
-    dtype = tensor.dtype
-    return dtype is not None and not isinstance(dtype, int) and np.dtype(dtype) == np.float16
+    return surgery.dtype_of(tensor) in _HALVES
 
 
 def _between_floats(cast: gs.Node) -> bool:
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     source = cast.inputs[0]
     return (_is_half(source) or source.dtype == np.float32) and cast.attrs.get("to") in floats
 

@@ -27,6 +27,7 @@ Array = npt.NDArray[np.generic]
 LOWERINGS: tuple[str, ...] = ("grouped", "wide", "separate")
 
 
+PLAIN = "grouped"
 SEVERAL_TARGETS = False
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from hydra_edge import detection
+from hydra_edge.artifacts.engine import BUILD_OPTIONS
 from hydra_edge.artifacts.graph import Json
 from hydra_edge.errors import CompilationError, DeviceMismatchError, HydraError, InputError, require
 from hydra_edge.gpu import building, fit, layers, opening, plugin, refitting
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.generic]
 LOWERINGS = ("plugin", "qdq")
+PLAIN = "qdq"
 SEVERAL_TARGETS = False
 _NAME, _PRODUCT = "TensorRT", "tensorrt"
 _OLDEST = (10, 3)
@@ -43,13 +45,15 @@ def builds_elsewhere(request: BuildRequest) -> str:
         InputError: Options that exclude each other, or that the target does not have.
     """
     _check_options(request)
+    building.check(_NAME, request)
     (target,) = request.targets
     found = detection.detect()
     here, wanted = found.target.gpu, target.gpu
     assert wanted is not None
     if here is None:
         return f"TensorRT builds on the GPU it builds for, and there is none here: {found.found}"
-    compatible = request.options.hardware_compatible and here.compute_capability >= _AMPERE
+    on_card = not found.target.is_jetson and here.compute_capability >= _AMPERE
+    compatible = request.options.hardware_compatible and on_card
     if here.compute_capability != wanted.compute_capability and not compatible:
         return (
             f"TensorRT builds on the GPU it builds for, sm_{wanted.compute_capability}; here is "
@@ -82,6 +86,8 @@ def build(model: onnx.ModelProto, request: BuildRequest) -> Built:
         MissingDependencyError: TensorRT or our plugin's library is not installed.
     """
     trt = _library()
+    if request.options.strip_weights:
+        refitting.check_types(trt, model)
     ours = any(node.op_type == heads.OP for node in model.graph.node)
     if ours:
         plugin.load(trt)
@@ -100,7 +106,6 @@ def build(model: onnx.ModelProto, request: BuildRequest) -> Built:
         version=machine.version,
         compute_capabilities=(machine.compute_capability,),
         hardware="ampere_plus" if options.hardware_compatible else "none",
-        version_compatible=options.version_compatible,
         jetpack=machine.jetpack,
         plugin=machine.plugin if ours else None,
     )
@@ -124,7 +129,10 @@ def refit(payload: bytes, weights: Mapping[str, Array], facts: Mapping[str, Json
         if built.plugin is not None:
             plugin.load(trt)
         with device.current():
-            return Built(refitting.refit(trt, payload, weights), facts=facts)
+            full, stripped = refitting.refit(trt, payload, weights)
+            wanted = facts.get(BUILD_OPTIONS, {})
+            keep = isinstance(wanted, dict) and wanted.get("strip_weights")
+            return Built(full, facts=facts, stripped=stripped if keep else b"")
     finally:
         device.close()
 

@@ -17,7 +17,7 @@ import onnx
 from hydra_edge import detection
 from hydra_edge.artifacts.graph import Json
 from hydra_edge.errors import DeviceMismatchError, InputError, MissingDependencyError, require
-from hydra_edge.gpu import opening
+from hydra_edge.gpu import building, opening
 from hydra_edge.gpu.building import Product
 from hydra_edge.gpu.building import build as build_engine
 from hydra_edge.gpu.device import Device
@@ -37,10 +37,10 @@ _MISSING = {
     "dla_core": "GeForce cards have no such accelerator.",
     "refittable": "Without a GPU its builder gives no such engine.",
     "strip_weights": "Without a GPU its builder gives no such engine.",
-    "version_compatible": "Without a GPU its builder gives no such engine.",
 }
 
 
+PLAIN = "qdq"
 SEVERAL_TARGETS = True
 
 
@@ -48,6 +48,7 @@ def builds_elsewhere(request: BuildRequest) -> str:
     """Never: it needs no GPU.
 
     Raises:
+        CompilationError: An axis besides the batch is open.
         InputError: An option that TensorRT-RTX does not have.
         MissingDependencyError: It is not installed.
     """
@@ -56,6 +57,7 @@ def builds_elsewhere(request: BuildRequest) -> str:
         if name == "hardware_compatible":
             fix += ", and name all targets: --target rtx-3090,rtx-4090,rtx-5090"
         raise InputError(f"{_NAME} was asked for {name}.", _MISSING[name], f"{fix}.")
+    building.check(_NAME, request)
     _library()
     return ""
 

@@ -78,9 +78,6 @@ def compile_(
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="TensorRT: for every card from Ampere on.")
     ] = False,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="TensorRT: for later versions, too.")
-    ] = False,
     refittable: Annotated[
         bool, typer.Option("--refittable", help="TensorRT: weights can be changed by `refit`.")
     ] = False,
@@ -113,7 +110,6 @@ def compile_(
         optimization_level=optimization_level,
         tf32=tf32,
         hardware_compatible=hardware_compatible,
-        version_compatible=version_compatible,
         refittable=refittable,
         strip_weights=strip_weights,
         dla_core=dla_core,
@@ -128,16 +124,24 @@ def compile_(
             "--calibration": calibration is not None,
             "--data": data is not None,
             "--task": task is not None,
+            "--logits": logits is not None,
+            "--method": method != "minmax",
         }
         _require_none_of([name for name, is_given in given.items() if is_given])
         engine = Engine.load(file)
-        known = next(iter(engine.programs.values()))
-        ranges = batch or ",".join(map(str, known.batch))
-        kept = pipeline.build_options(engine, target or engine.target)
-        asked = replace(build if build.asked_for() else kept, progress=not as_json)
-        options = terminal.parse_compile_options(ranges, threads, lowering, asked)
+        program = next(iter(engine.programs.values()))
+        kept = pipeline.kept_options(engine, program, target or engine.target)
+        ranges = batch or ",".join(map(str, kept.batch))
+        asked = replace(build.over(kept.build), progress=not as_json)
+        options = terminal.parse_compile_options(ranges, threads, lowering or kept.lowering, asked)
         engine = pipeline.rebuild(engine, target, options=options, on_step=terminal.show_step)
     else:
+        if logits is not None and task is None:
+            raise UsageError(
+                "--logits was given without --task.",
+                "It names the output that a task's summary is made of.",
+                "Add --task, e.g. classification.",
+            )
         source = Graph.load(file)
         if task is not None:
             names = logits.split(",") if logits and "," in logits else logits
@@ -197,7 +201,7 @@ def _advise(engine: Engine, output: Path) -> None:
 
     console = terminal.console_on()
     if not engine.is_built:
-        note = next(iter(engine.programs.values())).notes[0]
+        note = " ".join(next(iter(engine.programs.values())).notes)
         name = output.name
         console.print(
             f"[yellow]not built yet:[/] {escape(note)}\n"

@@ -15,7 +15,7 @@ import onnx
 
 from hydra_edge import ops
 from hydra_edge.artifacts.files import write_atomic
-from hydra_edge.errors import CompilationError
+from hydra_edge.errors import CompilationError, InputError
 from hydra_edge.gpu.messages import Messages
 from hydra_edge.gpu.progress import Watch
 from hydra_edge.ops import heads
@@ -63,8 +63,10 @@ def build(product: Product, model: onnx.ModelProto, request: BuildRequest) -> Pl
 
     Raises:
         CompilationError: The builder refused the model; its own words are in the message.
+        InputError: The timing cache cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed.
     """
+    check(product.name, request)
     trt = product.trt
     options = request.options
     messages = Messages(trt)
@@ -99,6 +101,30 @@ def build(product: Product, model: onnx.ModelProto, request: BuildRequest) -> Pl
     if on_gpu := messages.left_to_the_gpu():
         notes.append(f"on the GPU, not on the DLA: {', '.join(on_gpu)}")
     return Plan(bytes(engine), tuple(notes))
+
+
+def check(name: str, request: BuildRequest) -> None:
+    """Refuse what no build of such a request can give, before it is packed up or begun.
+
+    Raises:
+        CompilationError: An axis besides the batch is open.
+        InputError: The timing cache cannot be written.
+    """
+    for spec in request.inputs:
+        open_axes = [size for size in spec.shape[1:] if not isinstance(size, int)]
+        if open_axes:
+            raise CompilationError(
+                f"The input '{spec.name}' has the open axes {', '.join(map(str, open_axes))}.",
+                f"An engine of {name} needs a range for each; only that of the batch is known.",
+                "Export the model with fixed sizes for all axes but the batch.",
+            )
+    cache = request.options.timing_cache
+    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+        raise InputError(
+            f"The timing cache cannot be written to '{cache}'.",
+            "It is a folder." if cache.is_dir() else "Its folder does not exist.",
+            "Name a file in a folder that exists.",
+        )
 
 
 def refused(name: str, request: BuildRequest, said: str) -> CompilationError:
@@ -149,13 +175,6 @@ def _profile(builder: Any, network: Any, request: BuildRequest, batch: tuple[int
     fixed = {spec.name: spec.shape[1:] for spec in request.inputs}
     for index in range(network.num_inputs):
         name = network.get_input(index).name
-        open_axes = [size for size in fixed[name] if not isinstance(size, int)]
-        if open_axes:
-            raise CompilationError(
-                f"The input '{name}' has the open axes {', '.join(map(str, open_axes))}.",
-                "An engine needs a range for each; only that of the batch is known.",
-                "Export the model with fixed sizes for all axes but the batch.",
-            )
         profile.set_shape(name, *((size, *fixed[name]) for size in batch))
     return profile
 
@@ -165,7 +184,6 @@ def _set_flags(trt: types.ModuleType, config: Any, request: BuildRequest) -> Non
     flags = {
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.REFIT: options.refittable or options.strip_weights,
-        trt.BuilderFlag.VERSION_COMPATIBLE: options.version_compatible,
     }
     for flag, wanted in flags.items():
         (config.set_flag if wanted else config.clear_flag)(flag)
@@ -198,7 +216,7 @@ def _save_timings(config: Any, path: Path) -> None:
     measured = config.get_timing_cache()
     written = config.create_timing_cache(path.read_bytes()) if path.exists() else None
     if written is not None:
-        measured.combine(written, True)
+        measured.combine(written, False)  # of another device nothing is taken
     write_atomic(path, bytes(measured.serialize()))
 
 

@@ -29,8 +29,10 @@ _NAMES = {
     "int4": r"INT4|Int4",
     "fp8": r"FP8",
 }
-_MOVES_ONLY = ("Reformat", "NoOp", "Constant", "Shuffle", "Copy")
+# What reads a type without multiplying in it.
+_MOVES_ONLY = ("Reformat", "NoOp", "Constant", "Shuffle", "Copy", "Quantize", "Dequantize", "Cast")
 _MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_HALVES = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
 _STORED = {
     onnx.TensorProto.INT8: "int8",
     onnx.TensorProto.INT4: "int4",
@@ -88,8 +90,8 @@ def asked(model: onnx.ModelProto) -> frozenset[str]:
         weight = stored.get(node.input[1])
         if weight is not None and node.input[0] in real:
             found.add(weight)
-        elif types.get(node.input[1]) == onnx.TensorProto.FLOAT16:
-            found.add("fp16")
+        elif types.get(node.input[1]) in _HALVES:
+            found.add(_HALVES[types[node.input[1]]])
     return frozenset(found)
 
 

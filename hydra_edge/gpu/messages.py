@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _MOST = 2000  # characters in an exception
 _SKIPPED = re.compile(r"skipping tactic|insufficient memory", re.IGNORECASE)
-_ON_THE_GPU = re.compile(r"layer (.+?) is not supported on DLA|DLA Layer (.+?) does not support")
+_ON_THE_GPU = re.compile(
+    r"[Ll]ayer (.+?) is not supported on DLA|DLA Layer (.+?) does not support|"
+    r"[Ll]ayer '?(.+?)'?:? [Uu]nsupported on DLA|Switching (.+?) device type to GPU"
+)
 
 
 class Messages:
@@ -62,4 +65,4 @@ class Messages:
     def left_to_the_gpu(self) -> tuple[str, ...]:
         """Layers that were meant for a DLA and run on the GPU."""
         found = (_ON_THE_GPU.search(text) for text in self.warnings)
-        return tuple(dict.fromkeys(match[1] or match[2] for match in found if match))
+        return tuple(dict.fromkeys(next(filter(None, match.groups())) for match in found if match))

@@ -23,7 +23,7 @@ def path_for(version: str, folder: Path | None = None) -> Path:
     """Where the plugin for a version of TensorRT is installed, such as ``"10.3.0"``."""
     major = re.match(r"\d+", version)
     assert major is not None, version
-    return (folder or Path(__file__).parent) / f"libhydra_plugin{major[0]}.so"
+    return (folder or Path(__file__).parents[1]) / f"libhydra_plugin{major[0]}.so"
 
 
 def load(trt: types.ModuleType, folder: Path | None = None) -> None:

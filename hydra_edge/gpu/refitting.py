@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from hydra_edge.errors import CompilationError, DeviceMismatchError, InputError
 from hydra_edge.gpu.messages import Messages
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.generic]
 
 
-def refit(trt: types.ModuleType, payload: bytes, weights: Mapping[str, Array]) -> bytes:
-    """Replace weights by name, and serialize the engine again, weights included.
+def refit(
+    trt: types.ModuleType, payload: bytes, weights: Mapping[str, Array]
+) -> tuple[bytes, bytes]:
+    """Replace weights by name, and serialize the engine again.
 
     Args:
         trt: The module ``tensorrt``.
         payload: An engine that was built refittable.
         weights: New values, in the types and sizes that the engine has. Of an engine without
             weights, at least those that it lacks; others are then left alone.
+
+    Returns:
+        The engine with its weights, and without.
 
     Raises:
         DeviceMismatchError: The engine does not load here, or was not built refittable.
@@ -68,7 +74,7 @@ def refit(trt: types.ModuleType, payload: bytes, weights: Mapping[str, Array]) -
         raise _refused(f"a part of what belongs together: '{left[0]}' is missing", messages)
     if not refitter.refit_cuda_engine():
         raise _refused("the new weights", messages)
-    return bytes(_serialized(trt, engine, weights=True))
+    return bytes(_serialized(trt, engine, weights=True)), strip(trt, engine)
 
 
 def strip(trt: types.ModuleType, engine: Any) -> bytes:
@@ -76,10 +82,24 @@ def strip(trt: types.ModuleType, engine: Any) -> bytes:
     return bytes(_serialized(trt, engine, weights=False))
 
 
+def check_types(trt: types.ModuleType, model: onnx.ModelProto) -> None:
+    """Refuse weights that an engine could be stripped of, but not be given again.
+
+    Raises:
+        InputError: TensorRT's refitter does not take their type.
+    """
+    for tensor in model.graph.initializer:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        _type_of(trt, np.empty(0, dtype))
+
+
 def _serialized(trt: types.ModuleType, engine: Any, *, weights: bool) -> Any:
     config = engine.create_serialization_config()
     flag = trt.SerializationFlag.EXCLUDE_WEIGHTS
     (config.clear_flag if weights else config.set_flag)(flag)
+    remain = getattr(trt.SerializationFlag, "INCLUDE_REFIT", None)  # where that is a choice
+    if remain is not None and weights:
+        config.set_flag(remain)
     return engine.serialize_with_config(config)
 
 
@@ -103,8 +123,8 @@ def _type_of(trt: types.ModuleType, array: Array) -> object:
     kind = kinds.get(array.dtype)
     if kind is None:
         raise InputError(
-            f"A weight of type {array.dtype} was to be replaced.",
+            f"A weight of type {array.dtype} was to be replaced or left out.",
             f"TensorRT's refitter takes {', '.join(map(str, kinds))}.",
-            "Compile the new graph.",
+            "Compile the new graph; and build without --strip-weights.",
         )
     return kind

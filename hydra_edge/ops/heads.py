@@ -14,8 +14,8 @@ Inputs are x; then of each layer weight, bias, and as they apply weight_scale, g
 gamma and beta. Outputs are y, then those of the summary. Words, not bytes, because TensorRT takes
 int8 tensors for quantized ones. The attributes are the fields of kernels/plugin/heads.h.
 
-It has no function body: only the plugin computes it. `hydra_edge.plugin_path` turns the node back
-into the ops that it was made of, for whoever has no plugin.
+It has no function body: only the plugin computes it. `hydra_edge.plugin_restore` turns the node
+back into the ops that it was made of, for whoever has no plugin.
 """
 
 from __future__ import annotations
