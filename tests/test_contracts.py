@@ -144,6 +144,7 @@ def test_tests_mirror_modules() -> None:
         "test_contracts.py",
         "test_benchmark.py",
         "test_conformance.py",
+        "test_device_builds.py",
         "test_corpus.py",
         "test_docs.py",
         "test_examples.py",

@@ -230,3 +230,54 @@ def test_nothing_fused() -> None:
 def test_equal_graphs_give_equal_files() -> None:
     graph = fused(student(k=16), "int8")
     assert lower(graph, PLUGIN).data == lower(graph, PLUGIN).data
+
+
+@pytest.mark.parametrize("heads_in", ["bfloat16", "int8"])
+def test_bfloat16(heads_in: str) -> None:
+    """GraphSurgeon has no type for it, only a number."""
+    import ml_dtypes
+    import onnx
+    from onnx import TensorProto
+
+    half = heads_in == "bfloat16"
+    source = fused(student(k=16, hidden=(32,)), "fp16" if half else "body=fp16,heads=int8")
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            values = numpy_of(tensor).astype(ml_dtypes.bfloat16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.BFLOAT16
+    for value in model.graph.value_info:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.BFLOAT16
+    graph = source.derive(model, "bfloat16")
+    lowered = lower(graph, PLUGIN)
+    (node,) = nodes(lowered)
+    assert np.dtype(node.x_type) == ml_dtypes.bfloat16
+    assert node.quantize_x == (not half)
+    assert tolerance_of(graph.model) >= 4e-2
+    assert node.layers[0].weight.dtype == (ml_dtypes.bfloat16 if half else np.int8)
+    x = np.random.default_rng(0).standard_normal((4, 16)).astype(ml_dtypes.bfloat16)
+    (same,) = nodes(lower(source, PLUGIN))
+    error = difference(node.reference(x)["y"], same.reference(x.astype(np.float16))["y"])
+    assert error < 0.05
+
+
+def test_int4_scales_of_zero_are_left() -> None:
+    graph = fused(student(k=16, hidden=(32,)), "int4-weight-only")
+    model = type(graph.model)()
+    model.CopyFrom(graph.model)
+    names = {
+        node.input[3] for node in model.graph.node if node.op_type == "WeightOnlyGroupedMatMul"
+    }
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            values = numpy_of(tensor).copy()
+            values[0, 0, 0] = 0
+            tensor.raw_data = values.tobytes()
+    with pytest.raises(CompilationError, match="scales that are not positive"):
+        lower(graph.derive(model, "dead"), PLUGIN)

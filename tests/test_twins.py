@@ -8,6 +8,7 @@ from onnx_models import conv_student, feeds_for, ops_of, student
 
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.equivalence import difference
+from hydra_edge.errors import GraphError
 from hydra_edge.fusion import fuse
 from hydra_edge.quantization import quantize
 from hydra_edge.twins import in_floats
@@ -51,6 +52,13 @@ def test_it_can_be_stored_in_fp16_and_fused() -> None:
     )
     assert np.isfinite(error)
     assert error < 0.05
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-weight-only"])
+def test_fused_integers_have_no_twin(precision: str) -> None:
+    fused = fuse(quantize(student(k=16), precision, calibration=feeds_for(student(k=16), 60)))
+    with pytest.raises(GraphError, match="GroupedMatMul stays in it"):
+        in_floats(fused)
 
 
 def test_a_float_graph_stays() -> None:

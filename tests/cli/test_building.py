@@ -97,6 +97,8 @@ def test_what_was_packed_up_is_built_for_another_target(files: Path, tmp_path: P
         (("--refittable",), "The target 'cpu' was asked for refittable"),
         (("--profile", "1,2"), "--profile names 2 sizes"),
         (("--optimization-level", "9"), "The optimization level is 9"),
+        (("--logits", "logits"), "--logits was given without --task"),
+        (("--target", "rtx-4090,toaster"), "Unknown target 'toaster'"),
         (("--no-plugin", "--lowering", "wide"), "--no-plugin was given with --lowering wide"),
     ],
 )

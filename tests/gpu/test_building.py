@@ -18,8 +18,10 @@ class Cache:
         self.data = data
 
     def combine(self, other: Cache, ignore_mismatch: bool) -> bool:
-        self.data += other.data
-        return ignore_mismatch
+        """Of another device nothing is taken, unless that is asked for."""
+        fits = ignore_mismatch or other.data.startswith(b"orin:")
+        self.data += other.data if fits else b""
+        return fits
 
     def serialize(self) -> bytes:
         return self.data
@@ -66,6 +68,10 @@ def test_what_another_build_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
     path.write_bytes(b"orin: theirs")
     building._save_timings(configuration, path)
     assert path.read_bytes() == b"orin: oursorin: theirs"
+    configuration.cache = Cache(b"orin: ours")
+    path.write_bytes(b"thor: theirs")
+    building._save_timings(configuration, path)
+    assert path.read_bytes() == b"orin: ours"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,7 @@ def test_what_another_build_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
         ({"optimization_level": 6}, "TensorRT has the levels 0"),
         ({"optimization_level": -1}, "TensorRT has the levels 0"),
         ({"workspace_mb": 0}, "A build needs some scratch memory"),
+        ({"dla_core": -1}, "They are counted from 0"),
         ({"profiles": ((3, 2, 1),)}, "not decreasing"),
     ],
 )

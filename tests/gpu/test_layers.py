@@ -99,6 +99,17 @@ def test_the_right_types_are_told() -> None:
     assert said == "layers by the types they read: 1 in fp32, 2 in int8"
 
 
+def test_reading_int8_is_not_multiplying_in_it() -> None:
+    found = [
+        layer("Quantize", "Row major linear FP32"),
+        layer("Dequantize", "Int8"),
+        layer("gemm", "Row major linear FP32", "Row major linear FP32"),
+    ]
+    assert layers.delivered(found) == {"fp32": 1}
+    with pytest.raises(CompilationError, match="multiplies nothing in int8"):
+        layers.check(lowered("int8"), found, "TensorRT")
+
+
 def test_fp32_instead_of_int8_is_an_error() -> None:
     found = [layer("gemm", "Row major linear FP32"), layer("Reformat", "Int8")]
     with pytest.raises(CompilationError, match="multiplies nothing in int8") as caught:

@@ -45,7 +45,8 @@ def test_layers_that_a_dla_does_not_take() -> None:
     for text in (
         "Default DLA is enabled but layer body/Gather is not supported on DLA.",
         "DLA Layer head/Relu does not support dynamic shapes in any dimension.",
+        "head/Gemm: DLA only supports FP16 and Int8. Switching head/Gemm device type to GPU.",
         "Default DLA is enabled but layer body/Gather is not supported on DLA.",
     ):
         messages.logger.log(Severity.WARNING, text)
-    assert messages.left_to_the_gpu() == ("body/Gather", "head/Relu")
+    assert messages.left_to_the_gpu() == ("body/Gather", "head/Relu", "head/Gemm")
