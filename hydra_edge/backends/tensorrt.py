@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ PLAIN = "qdq"
 SEVERAL_TARGETS = False
 _NAME, _PRODUCT = "TensorRT", "tensorrt"
 _OLDEST = (10, 3)
+_MEMORY = Path("/proc/meminfo")
 _AMPERE = 80
 
 
@@ -94,7 +96,7 @@ def build(model: onnx.ModelProto, request: BuildRequest) -> Built:
     device = Device()
     try:
         with device.current():
-            product = Product(_NAME, trt, _configure(trt, request), device.free_bytes())
+            product = Product(_NAME, trt, _configure(trt, request), _free_bytes(device))
             plan = building.build(product, model, request)
             said, stripped = _inspected(trt, model, plan.data, request)
         machine = fit.find_machine(device, _PRODUCT, str(trt.__version__))
@@ -146,6 +148,20 @@ def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None =
     """
     opening.require_gpu(facts or {})
     return opening.open_engine(_library(), _PRODUCT, payload, facts or {})
+
+
+def _free_bytes(device: Device) -> int:
+    """Memory for the build. Where CPU and GPU share it, the system gives back what it caches."""
+    free = device.free_bytes()
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read(_MEMORY)) if device.integrated else None
+    return free if found is None else max(free, int(found[1]) * 1024)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _configure(trt: types.ModuleType, request: BuildRequest) -> Any:

@@ -46,7 +46,6 @@ class BuiltFor:
         version: Of that product.
         compute_capabilities: Generations of GPUs, e.g. 87.
         hardware: Which others it also runs on, as TensorRT's ``HardwareCompatibilityLevel``.
-        version_compatible: Whether newer TensorRTs of the same major version load it.
         jetpack: The JetPack of the Jetson it was built on, e.g. ``"6.2"``; None on other machines.
         plugin: Our plugin's library, if the engine has such layers.
     """
@@ -55,7 +54,6 @@ class BuiltFor:
     version: str
     compute_capabilities: tuple[int, ...]
     hardware: Hardware = "none"
-    version_compatible: bool = False
     jetpack: str | None = None
     plugin: Plugin | None = None
 
@@ -200,18 +198,10 @@ def _product(built: BuiltFor, machine: Machine) -> str:
     ours, theirs = PRODUCTS[built.product], PRODUCTS[machine.product]
     if built.product != machine.product:
         return f"It was built by {ours}, here is {theirs}."
-    if _loads(built, machine.version):
+    # Builds of one patch release load each other's engines; releases do not.
+    if _numbers(built.version) == _numbers(machine.version):
         return ""
-    how = "also newer ones of that major version" if built.version_compatible else "that one only"
-    return f"It was built by {ours} {built.version} for {how}, here is {machine.version}."
-
-
-def _loads(built: BuiltFor, version: str) -> bool:
-    """Builds of one patch release load each other's engines; releases do not, unless asked to."""
-    then, now = _numbers(built.version), _numbers(version)
-    if built.version_compatible:
-        return then[0] == now[0] and then <= now
-    return then == now
+    return f"It was built by {ours} {built.version} for that one only, here is {machine.version}."
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -231,11 +221,10 @@ def _generation(built: BuiltFor, machine: Machine) -> str:
 
 
 def _jetpack(built: BuiltFor, machine: Machine) -> str:
-    if built.jetpack == machine.jetpack:
+    # Where a container does not show the file, what it was built for is told by its generation.
+    if built.jetpack == machine.jetpack or not built.jetpack or not machine.jetpack:
         return ""
-    then = f"on JetPack {built.jetpack}" if built.jetpack else "on no Jetson"
-    now = f"JetPack {machine.jetpack}" if machine.jetpack else "no Jetson"
-    return f"It was built {then}, here is {now}."
+    return f"It was built on JetPack {built.jetpack}, here is JetPack {machine.jetpack}."
 
 
 def _plugin(built: BuiltFor, machine: Machine) -> str:

@@ -159,22 +159,25 @@ class HeadsPlugin final : public IPluginV3,
   int32_t getFormatCombinationLimit() noexcept override { return 1; }
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t inputs,
-                          const DynamicPluginTensorDesc* out, int32_t outputs) noexcept override {
-    int32_t least = 0, usual = 0, most = 0;
-    const auto read = [&](auto which, int32_t* rows) {
-      return match(inputs, outputs, rows,
-                   [&](int i) { return i < inputs ? &(in[i].*which) : &(out[i - inputs].*which); });
-    };
-    if (told(read(&DynamicPluginTensorDesc::min, &least))) return 1;
-    if (told(read(&DynamicPluginTensorDesc::opt, &usual))) return 1;
-    if (told(read(&DynamicPluginTensorDesc::max, &most))) return 1;
+                          const DynamicPluginTensorDesc*, int32_t outputs) noexcept override {
+    // Of x alone: what TensorRT promises of constants, outputs and fixed batches here, no header says.
+    const Signature& signature = heads_.signature();
+    if (told(signature.match_counts(inputs, outputs))) return 1;
+    const int32_t least = rows_of(in[0], &DynamicPluginTensorDesc::min);
+    const int32_t usual = rows_of(in[0], &DynamicPluginTensorDesc::opt);
+    const int32_t most = rows_of(in[0], &DynamicPluginTensorDesc::max);
+    if (least < 1 || usual < 1 || most < 1) {
+      return told(fail(HYDRA_INVALID,
+                       "x has %d to %d rows, %d as a rule. A batch has at least 1. Give the engine "
+                       "an optimization profile.", least, most, usual));
+    }
     return told(heads_.configure(least, usual, most));
   }
 
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t inputs,
                           const DynamicPluginTensorDesc*, int32_t) const noexcept override {
-    int32_t rows = 0;  // stays 0 for what configurePlugin has refused
-    if (inputs >= 1 && in[0].max.nbDims >= 2) rows = std::max(0, rows_of(in[0].max));
+    int32_t rows = heads_.specification().most_rows;
+    if (inputs >= 1) rows = std::max(rows, rows_of(in[0], &DynamicPluginTensorDesc::max));
     return heads_.workspace_bytes(rows);
   }
 
@@ -216,10 +219,7 @@ class HeadsPlugin final : public IPluginV3,
 
   HeadsPlugin* attachToContext(IPluginResourceContext*) noexcept override {
     HeadsPlugin* attached = clone();
-    if (attached && told(attached->heads_.attach())) {
-      delete attached;
-      return nullptr;
-    }
+    if (attached) told(attached->heads_.attach());  // without it counters lie in the workspace
     return attached;
   }
 
@@ -230,7 +230,16 @@ class HeadsPlugin final : public IPluginV3,
  private:
   explicit HeadsPlugin(const Heads& heads) : heads_(heads) {}
 
-  static int32_t rows_of(const nvinfer1::Dims& x) { return int32_t(x.d[x.nbDims - 2]); }
+  static int32_t rows_of(const nvinfer1::Dims& x) {
+    return x.nbDims >= 2 ? int32_t(x.d[x.nbDims - 2]) : 0;
+  }
+
+  // Of a range, or where TensorRT left it open, of the tensor itself; 0 or less if that is, too.
+  static int32_t rows_of(const DynamicPluginTensorDesc& x,
+                         nvinfer1::Dims DynamicPluginTensorDesc::*range) {
+    const int32_t rows = rows_of(x.*range);
+    return rows >= 1 ? rows : rows_of(x.desc.dims);
+  }
 
   template <class DimsOf>
   hydra_status match(int32_t inputs, int32_t outputs, int32_t* rows, DimsOf dims_of) const {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tensorrt_cpu
@@ -209,3 +210,16 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependencyError, match="tensorrt"):
         tensorrt.versions()
+
+
+def test_memory_that_cpu_and_gpu_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system caches is free for a build; CUDA does not count it."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 7800000 kB\nMemAvailable:    5000000 kB\n")
+    monkeypatch.setattr(tensorrt, "_MEMORY", meminfo)
+    jetson = SimpleNamespace(integrated=True, free_bytes=lambda: 300 << 20)
+    card = SimpleNamespace(integrated=False, free_bytes=lambda: 300 << 20)
+    assert tensorrt._free_bytes(jetson) == 5000000 * 1024  # type: ignore[arg-type]
+    assert tensorrt._free_bytes(card) == 300 << 20  # type: ignore[arg-type]
+    monkeypatch.setattr(tensorrt, "_MEMORY", tmp_path / "not there")
+    assert tensorrt._free_bytes(jetson) == 300 << 20  # type: ignore[arg-type]

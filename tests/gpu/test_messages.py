@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from hydra_edge.gpu.messages import Messages
@@ -20,13 +22,30 @@ def test_errors_before_warnings_and_each_once() -> None:
     messages.logger.log(Severity.INTERNAL_ERROR, "worse")
     messages.logger.log(Severity.INFO, "nothing to keep")
     assert messages.words() == "[convolution] no kernel worse"
-    assert messages.warnings == ["a warning"]
+    assert list(messages.warnings) == ["a warning"]
 
 
-def test_a_long_story_is_cut() -> None:
+def test_of_a_long_story_the_end_is_kept() -> None:
     messages = Messages(trt)
     messages.logger.log(Severity.ERROR, "x" * 10_000)
+    messages.logger.log(Severity.ERROR, "the last word")
     assert len(messages.words()) == 2000
+    assert messages.words().endswith("x the last word")
+    for index in range(1000):
+        messages.logger.log(Severity.ERROR, f"error {index}")
+    assert len(messages.errors) == 500
+
+
+def test_one_logger_outlives_all_that_listen() -> None:
+    """TensorRT keeps the first logger of a process, and calls it whoever made it."""
+    first = Messages(trt)
+    logger = first.logger
+    del first
+    gc.collect()
+    second, third = Messages(trt), Messages(trt)
+    assert second.logger is third.logger is logger
+    logger.log(Severity.ERROR, "heard")
+    assert list(second.errors) == list(third.errors) == ["heard"]
 
 
 def test_skipped_tactics_are_counted() -> None:
