@@ -122,6 +122,9 @@ class NullContext:
         """Nothing can be kept as a graph."""
         return True
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 def gpu_overhead() -> dict[str, Any]:
     """p50 of a run at batch 1, as a graph and without one, alternating."""

@@ -123,10 +123,18 @@ def worst_difference(
 def replay(runner: Runner, record: Golden) -> float:
     """How far a program is from its recorded outputs: the worst relative RMS over outputs."""
     names = _comparable(record.outputs)
-    found = runner.run(record.inputs, names)
-    return max(
-        _error(name, array, record.outputs) for name, array in zip(names, found, strict=True)
-    )
+    found = dict(zip(names, runner.run(record.inputs, names), strict=True))
+    return _worst(found, record)
+
+
+def distance(model: onnx.ModelProto, record: Golden) -> float:
+    """How far a model is from the recorded outputs, as ONNX Runtime computes it unoptimized."""
+    found = backend.evaluate(model, dict(record.inputs), _comparable(record.outputs))
+    return _worst(found, record)
+
+
+def _worst(found: Mapping[str, Array], record: Golden) -> float:
+    return max(_error(name, array, record.outputs) for name, array in found.items())
 
 
 def _comparable(outputs: Mapping[str, Array]) -> list[str]:

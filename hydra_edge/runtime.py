@@ -17,7 +17,7 @@ from hydra_edge.artifacts.engine import MAIN, Engine
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.errors import DeviceMismatchError, GateError, InputError
-from hydra_edge.gpu.arrays import DeviceArray
+from hydra_edge.gpu.arrays import DeviceArray, is_on_gpu
 from hydra_edge.live_programs import LiveProgram
 
 Array = npt.NDArray[np.generic]
@@ -169,7 +169,8 @@ class Session:
         """Start `run` in another thread.
 
         Args:
-            inputs: As for `run`; they must stay as they are until the result is there.
+            inputs: As for `run`, but on the CPU; they must stay as they are until the result is
+                there.
             head_logits: Return every head's raw output ``[M, B, C]`` too.
             program: Which program of the engine to run.
 
@@ -177,8 +178,16 @@ class Session:
             What `run` will return or raise. Closing the session cancels what has not begun.
 
         Raises:
-            InputError: The session is closed.
+            InputError: The session is closed, or an array lies on a GPU.
         """
+        values = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+        if any(map(is_on_gpu, values)):
+            raise InputError(
+                "An array on a GPU was submitted.",
+                "It is complete on the current stream of the thread that made it; another would "
+                "run it.",
+                "Call run or run_on_device in that thread, or copy the array to the CPU first.",
+            )
         with self._lock:
             self._require_open()
             if self._pool is None:

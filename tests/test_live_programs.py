@@ -109,6 +109,15 @@ def test_arrays_on_a_gpu_do_not_fit_an_engine_on_the_cpu(session: Session) -> No
         session.run_on_device(X)
 
 
+@pytest.mark.parametrize("inputs", [OnAGpu(), {"x": OnAGpu()}])
+def test_arrays_on_a_gpu_are_not_submitted(session: Session, inputs: object) -> None:
+    """Another thread has another current stream, and would read them too early."""
+    with pytest.raises(
+        InputError, match=r"on a GPU was submitted\. .*another would run it\. Call run or run_on"
+    ):
+        session.submit(inputs)
+
+
 def test_a_program_that_does_not_open_closes_those_that_did(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hydra_edge.errors import InputError
 from hydra_edge.gpu import dlpack
-from hydra_edge.gpu.device import Device, Stream
+from hydra_edge.gpu.device import Device, Stream, leave_to_parent
 
 Array = npt.NDArray[np.generic]
 _LEGACY_STREAM = 1  # as __cuda_array_interface__ spells CUDA's default stream
@@ -95,6 +95,9 @@ class DeviceArray:
 
 
 def _free(device: Device, scope: Any, allocation: Any) -> None:
+    if device.is_forked:
+        leave_to_parent(allocation)
+        return
     with scope:
         allocation.free()
     device.release()

@@ -1,7 +1,8 @@
 """Page-locked memory of one tensor, and where the GPU finds it.
 
 A GPU with memory of its own gets copies, put on a stream. One that shares memory with the CPU reads
-and writes the page-locked memory itself: nothing is copied.
+and writes small buffers in the page-locked memory itself: nothing is copied. Large ones it may read
+several times, which can be slow there, so they are copied, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hydra_edge.errors import InputError
 from hydra_edge.gpu.device import Device, Stream
 
 Array = npt.NDArray[np.generic]
+MAPPED_BYTES = 64 * 1024
 
 
 class Buffer:
@@ -26,6 +28,7 @@ class Buffer:
         device: The GPU.
         name: The tensor.
         size_bytes: Of its largest batch.
+        mapped_bytes: Up to which size a GPU that shares memory with the CPU works in it.
 
     Attributes:
         name: The tensor.
@@ -33,15 +36,18 @@ class Buffer:
         address: Where the GPU finds it.
     """
 
-    def __init__(self, device: Device, name: str, size_bytes: int) -> None:
+    def __init__(
+        self, device: Device, name: str, size_bytes: int, mapped_bytes: int = MAPPED_BYTES
+    ) -> None:
         self.name, self.size_bytes = name, size_bytes
         self._driver = driver = device.driver
         self._allocation: Any = None
-        mapped = driver.host_alloc_flags.DEVICEMAP if device.integrated else 0
+        is_mapped = device.integrated and size_bytes <= mapped_bytes
+        flags = driver.host_alloc_flags.DEVICEMAP if is_mapped else 0
         # uint8, because numpy exports no buffer of bfloat16, which copies need.
-        self._host = driver.pagelocked_empty((max(size_bytes, 1),), np.uint8, mem_flags=mapped)
+        self._host = driver.pagelocked_empty((max(size_bytes, 1),), np.uint8, mem_flags=flags)
         try:
-            if device.integrated:
+            if is_mapped:
                 self.address = int(self._host.base.get_device_pointer())
             else:
                 self._allocation = driver.mem_alloc(max(size_bytes, 1))

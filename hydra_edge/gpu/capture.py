@@ -5,15 +5,21 @@ PyCUDA has none. cuda-python's bindings do, and share contexts and stream handle
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra_edge.errors import HydraError
 
 _log = logging.getLogger(__name__)
+# Held while a lane is made, is closed or captures: others' calls may disturb a capture, and all who
+# use a device share its context. Finalizers may come while it is held, so it is reentrant.
+UNDISTURBED = threading.RLock()
 
 
 class CaptureError(Exception):
@@ -65,7 +71,8 @@ class Recorder:
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.call("cuStreamBeginCapture", stream, mode)
         try:
-            enqueue()
+            with _without_collection():
+                enqueue()
         except HydraError as exc:
             self._end(stream)
             raise CaptureError(f"While it was captured: {exc}") from exc
@@ -94,6 +101,18 @@ class Recorder:
         if status:
             raise CaptureError(f"{function} says {status.name}.")
         return tuple(results)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No finalizer of garbage frees memory meanwhile, which would end the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _load_bindings() -> types.ModuleType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import types
 import weakref
@@ -83,7 +84,8 @@ class Device:
         )
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
         self._scope = _Scope(self._context, self.driver.Context.pop)
-        self._give_back = weakref.finalize(self, _give_back, self._context)
+        self._process = os.getpid()
+        self._give_back = weakref.finalize(self, _give_back, self._context, self._process)
         # Popping from a list is atomic: the finalizer of an array may come at any time.
         self._holders = [None]
         self._open = [None]
@@ -92,8 +94,9 @@ class Device:
         """A scope in which this device's context is the calling thread's.
 
         Raises:
-            ExecutionError: The device is closed.
+            ExecutionError: The device is closed, or this is a fork of the process that opened it.
         """
+        self.require_own_process()
         if not self._open:
             raise ExecutionError(
                 f"{self.name} was used after it was closed.",
@@ -101,6 +104,35 @@ class Device:
                 "Open the engine again.",
             )
         return self._scope
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a fork of the process that opened it, where CUDA does not work."""
+        return os.getpid() != self._process
+
+    def require_own_process(self) -> None:
+        """Check that this process opened it.
+
+        Raises:
+            ExecutionError: This is a fork of the process that did.
+        """
+        if self.is_forked:
+            raise ExecutionError(
+                f"{self.name} was used in process {os.getpid()}, a fork of {self._process}.",
+                "CUDA does not work in a fork of a process that has used it.",
+                "Start processes with multiprocessing's 'spawn', and load the engine in each.",
+            )
+
+    def answers(self) -> bool:
+        """Whether the driver still works; its context is current.
+
+        After an illegal address, say, it refuses everything until the process ends.
+        """
+        try:
+            self.driver.mem_get_info()
+        except self.driver.Error:
+            return False
+        return True
 
     def free_bytes(self) -> int:
         """Memory that is free now."""
@@ -133,12 +165,20 @@ class Device:
         return f"Device({self.ordinal}, {self.name}, sm_{self.compute_capability})"
 
 
-def _give_back(context: Any) -> None:
+def _give_back(context: Any, process: int) -> None:
+    if os.getpid() != process:
+        leave_to_parent(context)
+        return
     # PyCUDA lets go of a context only in the thread that retained it, or where it is current;
     # and it leaves it on the driver's stack, where the next user of CUDA would find it dead.
     context.push()
     ctypes.CDLL(_LIBRARY).cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
     context.detach()
+
+
+def leave_to_parent(owner: object) -> None:
+    """In a fork, keep what belongs to the parent for ever: PyCUDA would destroy it."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(owner))
 
 
 class Stream:

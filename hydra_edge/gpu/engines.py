@@ -59,6 +59,10 @@ class Context(Protocol):
         """Whether what `execute_async` would put on a stream now may be kept as a CUDA graph."""
         ...
 
+    def close(self) -> None:
+        """Release what it holds, although the traceback of an error may still refer to it."""
+        ...
+
 
 class Engine(Protocol):
     """A program on the device, and what it says of itself."""

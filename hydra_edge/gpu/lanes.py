@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from hydra_edge.errors import ExecutionError, InputError
 from hydra_edge.gpu.arrays import DeviceArray, Foreign
-from hydra_edge.gpu.buffers import Buffer
-from hydra_edge.gpu.capture import CaptureError, Graph, Graphs
+from hydra_edge.gpu.buffers import MAPPED_BYTES, Buffer
+from hydra_edge.gpu.capture import UNDISTURBED, CaptureError, Graph, Graphs
 from hydra_edge.gpu.device import Device, Stream
 from hydra_edge.gpu.engines import Context, Engine, OutOfMemoryError
 
@@ -27,6 +27,7 @@ Feeds = Mapping[str, Array | Foreign]
 Shapes = dict[str, tuple[int, ...]]
 _ALIGNMENT = 256  # of a tensor's address, for TensorRT; views of others' arrays may have less
 _MOST_PLANS = 256
+_CAPTURES = 3  # attempts: other libraries in the process may disturb one
 
 
 @dataclass
@@ -39,6 +40,7 @@ class _Plan:
     runs: int = 0
     context: Context | None = None
     graph: Graph | None = None
+    captures: int = 0
     is_plain: bool = False  # it gets no graph
 
 
@@ -49,19 +51,23 @@ class Lane:
         device: The GPU.
         engine: The program.
         graphs: Whether and how runs become CUDA graphs.
+        mapped_bytes: See `Buffer`.
 
     Raises:
         OutOfMemoryError: There is no memory for it.
         ExecutionError: The device failed.
     """
 
-    def __init__(self, device: Device, engine: Engine, graphs: Graphs) -> None:
+    def __init__(
+        self, device: Device, engine: Engine, graphs: Graphs, mapped_bytes: int = MAPPED_BYTES
+    ) -> None:
         self._device, self._engine, self._graphs = device, engine, graphs
+        self._mapped_bytes = mapped_bytes
         self._tensors = {tensor.name: tensor for tensor in (*engine.inputs, *engine.outputs)}
         self._plans: dict[tuple[int, tuple[str, ...]], _Plan] = {}
         self._context: Context | None = None
         self._bound: tuple[int, Mapping[str, int]] | None = None  # batch and foreign addresses
-        with contextlib.ExitStack() as cleanup:
+        with UNDISTURBED, contextlib.ExitStack() as cleanup:
             self._cleanup = cleanup
             try:
                 self._allocate()
@@ -87,7 +93,7 @@ class Lane:
         self._buffers: dict[str, Buffer] = {}
         for name, shape in self._shapes(self._context, max(highs)).items():
             size = math.prod(shape) * self._tensors[name].dtype.itemsize
-            self._buffers[name] = Buffer(self._device, name, size)
+            self._buffers[name] = Buffer(self._device, name, size, self._mapped_bytes)
             self._cleanup.callback(self._buffers[name].free)
 
     def run(self, feeds: Feeds, outputs: tuple[str, ...]) -> list[Array]:
@@ -137,7 +143,8 @@ class Lane:
         """Release everything. No error leaves it: a device that failed may refuse this, too."""
         with contextlib.suppress(self._device.driver.Error):
             self._stream.synchronize()
-        self._cleanup.close()
+        with UNDISTURBED:
+            self._cleanup.close()
 
     # What comes in.
 
@@ -224,7 +231,8 @@ class Lane:
         """Run on a context for this plan alone, then keep that as a graph for the next time."""
         if plan.context is None:
             try:
-                plan.context = self._new_context(self._find_profile(plan.batch))
+                with UNDISTURBED:
+                    plan.context = self._new_context(self._find_profile(plan.batch))
             except OutOfMemoryError as exc:
                 plan.is_plain = True
                 self._graphs.explain(f"There is no memory for the context of a graph: {exc}.")
@@ -238,14 +246,22 @@ class Lane:
         if not context.is_capturable(self._stream.handle):
             self._graphs.explain("The engine says that it cannot be captured yet.")
             return
+        with UNDISTURBED:
+            self._capture(context, plan)
+
+    def _capture(self, context: Context, plan: _Plan) -> None:
         assert self._graphs.recorder is not None
+        plan.captures += 1
         try:
             plan.graph = self._graphs.recorder.record(
                 self._stream.handle, lambda: self._enqueue_for_capture(context, plan)
             )
         except CaptureError as exc:
-            plan.is_plain, plan.context = True, None
-            self._graphs.explain(str(exc))
+            context.close()
+            plan.context = None
+            if plan.captures >= _CAPTURES:
+                plan.is_plain = True
+                self._graphs.explain(str(exc))
 
     def _may_capture(self, plan: _Plan) -> bool:
         """From its second run on, a plan gets a graph: a batch size that comes once does not."""
@@ -339,7 +355,11 @@ class Lane:
             if plan.graph is not None:
                 with contextlib.suppress(CaptureError):
                     plan.graph.free()
+            if plan.context is not None:
+                plan.context.close()
             plan.graph = plan.context = None
+        if self._context is not None:
+            self._context.close()
         self._context = None
 
 

@@ -80,8 +80,11 @@ class TensorRTEngine:
             raise OutOfMemoryError(self._messages.words().rstrip("."))
         if self.device_memory_bytes:
             context.set_device_memory(memory, self.device_memory_bytes)
+        is_there = context.active_optimization_profile == profile
         made = _TensorRTContext(context)
-        if context.active_optimization_profile != profile and not made.set_profile(profile, stream):
+        del context  # the traceback of an error would keep it
+        if not is_there and not made.set_profile(profile, stream):
+            made.close()
             raise OutOfMemoryError(self._messages.words().rstrip("."))
         return made
 
@@ -127,7 +130,13 @@ class _TensorRTContext:
         self.set_input_shape = context.set_input_shape
         self.set_tensor_address = context.set_tensor_address
         self.execute_async = context.execute_async_v3
-        self.set_profile = context.set_optimization_profile_async
+        self._set_profile = context.set_optimization_profile_async
+
+    def set_profile(self, profile: int, stream: int) -> bool:
+        try:
+            return bool(self._set_profile(profile, stream))
+        except RuntimeError:  # Python's binding raises where the C++ function returns false
+            return False
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._context.get_tensor_shape(name))
@@ -138,6 +147,10 @@ class _TensorRTContext:
         if hasattr(context, "is_stream_capturable"):
             return bool(context.is_stream_capturable(stream))
         return True
+
+    def close(self) -> None:
+        del self._context, self._set_profile
+        del self.set_input_shape, self.set_tensor_address, self.execute_async
 
 
 def _unsupported(name: str, why: str) -> CompilationError:

@@ -7,6 +7,7 @@ import onnx.inliner
 import onnx.parser
 import onnx.version_converter
 
+from hydra_edge import weightless
 from hydra_edge.errors import GraphError
 from hydra_edge.ops import ensemble_summary, grouped_matmul
 
@@ -84,7 +85,30 @@ def declare(model: onnx.ModelProto) -> None:
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return ``model`` with every local function replaced by its body."""
+    """Return ``model`` with every local function replaced by its body.
+
+    Large weights stay where they are meanwhile: the inliner would copy them four times.
+    """
     if not model.functions:
         return model
-    return onnx.inliner.inline_local_functions(model)
+    light, weights = weightless.split(model)
+    inlined = onnx.inliner.inline_local_functions(light)
+    kept = [value for value in inlined.graph.input if value.name not in weights]
+    kept += [value for value in model.graph.input if value.name in weights]  # as in old models
+    order = {value.name: index for index, value in enumerate(model.graph.input)}
+    kept.sort(key=lambda value: order[value.name])
+    inputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+    del inlined.graph.input[:]
+    inlined.graph.input.extend(inputs)
+    inlined.graph.initializer.extend(_named(tensor, name) for name, tensor in weights.items())
+    return inlined
+
+
+def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    """The tensor under the name that its readers know: the value of a Constant node has none."""
+    if tensor.name == name:
+        return tensor
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy

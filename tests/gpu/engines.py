@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +55,11 @@ class CopyEngine:
         waits: Whether runs wait for the stream, which spoils a capture: "and tells", "silently".
         refuse_after: So many further runs, and then one that is refused.
         unknown_sizes: Whether nobody knows how large outputs are.
+        on_call: Called where a context is made, runs or is closed, with the name of that.
         gate: Where runs wait.
         arrived: Released by each run that gets there.
         log: What happened.
+        contexts: Those that are not closed.
     """
 
     device: Device
@@ -71,11 +74,13 @@ class CopyEngine:
     waits: str = ""
     refuse_after: int = -2
     unknown_sizes: bool = False
+    on_call: Callable[[str], None] = lambda name: None
     gate: threading.Event | None = None
     arrived: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     log: list[str] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
+    contexts: int = 0
     closed: bool = False
 
     @property
@@ -88,6 +93,7 @@ class CopyEngine:
         return Tensor("logits", (HEADS, -1, WIDTH), dtype), Tensor("mean", (-1, WIDTH), dtype)
 
     def create_context(self, profile: int, stream: int, memory: int) -> Context:
+        self.on_call("create_context")
         assert (memory != 0) == (self.device_memory_bytes != 0)
         driver = self.device.driver
         if self.context_bytes:
@@ -98,6 +104,7 @@ class CopyEngine:
         else:
             held = None
         self.log.append(f"context in profile {profile}")
+        self.contexts += 1
         return CopyContext(self, profile, held)
 
     def wait_for(self, runs: int) -> None:
@@ -109,13 +116,14 @@ class CopyEngine:
         return "The copy engine was told to."
 
     def close(self) -> None:
+        assert not self.contexts
         self.closed = True
 
 
 class CopyContext:
     """A context of `CopyEngine`. It forgets shapes when the profile changes, as TensorRT does."""
 
-    def __init__(self, engine: CopyEngine, profile: int, held: object) -> None:
+    def __init__(self, engine: CopyEngine, profile: int, held: Any) -> None:
         self.engine, self.profile = engine, profile
         self.held = held
         self.batch: int | None = None
@@ -147,6 +155,7 @@ class CopyContext:
 
     def execute_async(self, stream: int) -> bool:
         engine = self.engine
+        engine.on_call("execute_async")
         assert self.batch is not None
         if engine.raising is not None:
             if engine.raising_after <= 0:
@@ -173,6 +182,12 @@ class CopyContext:
 
     def is_capturable(self, stream: int) -> bool:
         return self.engine.capturable
+
+    def close(self) -> None:
+        self.engine.on_call("close")
+        self.engine.contexts -= 1
+        if self.held is not None:
+            self.held.free()
 
 
 @functools.cache

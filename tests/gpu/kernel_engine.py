@@ -121,3 +121,6 @@ class KernelContext:
 
     def is_capturable(self, stream: int) -> bool:
         return True
+
+    def close(self) -> None:
+        pass

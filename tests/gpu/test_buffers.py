@@ -106,6 +106,27 @@ def test_shared_memory_is_mapped(device: Device, double: Double, stream: Stream)
     shared.close()
 
 
+@pytest.mark.parametrize(("size", "is_mapped"), [(64 * 1024, True), (64 * 1024 + 1, False)])
+def test_large_buffers_are_not_mapped(
+    double: Double, stream: Stream, size: int, is_mapped: bool
+) -> None:
+    with double.having(integrated=1):
+        shared = Device()
+    before = double.counts().device_bytes
+    buffer = Buffer(shared, "x", size)
+    assert double.counts().device_bytes == before + (0 if is_mapped else size)
+    view = buffer.view((size,), np.dtype(np.uint8))
+    view[...] = 7
+    buffer.upload(size, stream)
+    stream.synchronize()
+    view[...] = 0
+    buffer.download(size, stream)
+    stream.synchronize()
+    assert (view == (0 if is_mapped else 7)).all()
+    buffer.free()
+    shared.close()
+
+
 def test_no_memory_on_the_gpu(device: Device, double: Double, stream: Stream) -> None:
     before = double.counts()
     with (

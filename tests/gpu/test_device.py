@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -173,6 +174,51 @@ def test_a_process_may_just_end(double: Double, last: str) -> None:
     )
     assert done.returncode == ("raise" in last), done.stderr
     assert "PyCUDA" not in done.stderr + done.stdout
+
+
+@pytest.mark.gpu
+def test_a_fork(double: Double) -> None:
+    """Says that it cannot work, and leaves what belongs to its parent alone."""
+    script = """
+        import gc, os
+        from gpu.driver.double import Double
+        from gpu.engines import CopyEngine, check, samples
+        from hydra_edge.errors import ExecutionError
+        from hydra_edge.gpu.device import Device
+        from hydra_edge.gpu.running import EngineRunner
+
+        device = Device()
+        runner = EngineRunner(CopyEngine(device), Device())
+        kept = runner.run_on_device({"x": samples(4)}, ("mean",))
+        child = os.fork()
+        if child == 0:
+            before = Double().counts()
+            for use in (device.current, lambda: check(runner, samples(4))):
+                try:
+                    use()
+                except ExecutionError as error:
+                    print(error, flush=True)
+            device.close()
+            runner.close()
+            del kept, device, runner
+            gc.collect()
+            os._exit(Double().counts() != before)
+        assert os.waitpid(child, 0)[1] == 0
+        check(runner, samples(4))
+        runner.close()
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert re.search(r"was used in process \d+, a fork of \d+\. CUDA does not", first)
+    assert "'spawn', and load the engine in each." in first
 
 
 def failing_import(setup: str) -> str:

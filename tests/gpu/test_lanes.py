@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 
 from gpu.conftest import Start
 from gpu.driver.double import INVALID_VALUE, Double
-from gpu.engines import HEADS, CopyEngine, check, expected, samples
+from gpu.engines import HEADS, WIDTH, CopyEngine, check, expected, samples
 from hydra_edge.errors import ExecutionError, InputError
+from hydra_edge.gpu.capture import UNDISTURBED
 from hydra_edge.gpu.device import Device
+from hydra_edge.gpu.running import EngineRunner
 
 pytestmark = pytest.mark.gpu
 X = samples(64)
@@ -161,6 +165,22 @@ def test_nothing_is_copied_where_memory_is_shared(
         assert double.counts().device_bytes == 1024  # the engine's scratch memory alone
 
 
+@pytest.mark.parametrize("graphs", [0, 8])
+def test_large_buffers_are_copied_where_memory_is_shared(
+    device: Device, double: Double, start: Start, graphs: int
+) -> None:
+    size = 8 * WIDTH * 4  # of x and mean; logits are larger
+    with double.having(integrated=1):
+        runner = start(CopyEngine(device), graphs=graphs, mapped_bytes=size)
+        copied = [double.calls(f"cuMemcpy{way}Async") for way in ("HtoD", "DtoH")]
+        check(runner, X[:8])
+        assert double.calls("cuMemcpyHtoDAsync") == copied[0]
+        assert double.calls("cuMemcpyDtoHAsync") == copied[1] + 1
+        assert double.counts().device_bytes == 1024 + HEADS * size
+        for batch in (1, 8, 1, 8, 1):
+            check(runner, X[:batch])
+
+
 # graphs
 
 
@@ -228,9 +248,13 @@ def test_a_capture_that_fails(
 ) -> None:
     runner = start(CopyEngine(device))
     check(runner, X[:4])
-    double.fail(function, INVALID_VALUE)
     for _ in range(3):
+        assert runner.plain_because is None
+        double.fail(function, INVALID_VALUE)
         check(runner, X[:4])
+    tried = double.calls(function)
+    check(runner, X[:4])
+    assert double.calls(function) == tried
     said = function.removesuffix("WithFlags")
     assert runner.plain_because == f"{said} says CUDA_ERROR_INVALID_VALUE."
     assert len(caplog.records) == 1
@@ -252,9 +276,9 @@ def test_an_engine_that_cannot_be_captured(
     """It waits for the stream, as plugins do that were not made for it."""
     engine = CopyEngine(device, waits=waits)
     runner = start(engine)
-    for _ in range(5):
+    for _ in range(6):
         check(runner, X[:4])
-    assert len(engine.log) == 2  # it is tried once
+    assert len(engine.log) == 4  # it is tried three times
     assert runner.plain_because is not None
     assert message in runner.plain_because
     assert double.counts().graphs == double.counts().executables == 0
@@ -264,8 +288,8 @@ def test_an_engine_that_refuses_while_it_is_captured(device: Device, start: Star
     engine = CopyEngine(device)
     runner = start(engine)
     check(runner, X[:4])
-    engine.refuse_after = 1
     for _ in range(3):
+        engine.refuse_after = 1
         check(runner, X[:4])
     assert runner.plain_because is not None
     assert "The copy engine was told to." in runner.plain_because
@@ -298,6 +322,70 @@ def test_an_engine_that_can_be_captured_later(device: Device, double: Double, st
         check(runner, X[:4])
     assert double.counts().executables == 1
     assert len(engine.log) == 2
+
+
+def test_a_capture_that_was_disturbed_is_tried_again(
+    device: Device, double: Double, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = start(CopyEngine(device))
+    check(runner, X[:4])
+    double.fail("cuGraphInstantiateWithFlags", INVALID_VALUE)
+    check(runner, X[:4])
+    assert double.counts().executables == 0
+    check(runner, X[:4])
+    assert double.counts().executables == 1
+    assert runner.plain_because is None
+    assert not caplog.records
+
+
+def test_lanes_do_not_disturb_a_capture(device: Device) -> None:
+    """Contexts are made and closed, and runs captured, by whoever has the lock."""
+    held: list[tuple[str, bool]] = []
+    engine = CopyEngine(device)
+    with ThreadPoolExecutor(1) as pool:
+
+        def note(name: str) -> None:
+            is_free = pool.submit(lambda: UNDISTURBED.acquire(False) and not UNDISTURBED.release())
+            held.append((name, not is_free.result()))
+
+        engine.on_call = note
+        runner = EngineRunner(engine, Device())
+        for _ in range(2):
+            check(runner, X[:4])
+        runner.close()
+    assert held == [
+        ("create_context", True),
+        ("execute_async", False),
+        ("create_context", True),
+        ("execute_async", False),
+        ("execute_async", True),  # the capture
+        ("close", True),
+        ("close", True),
+    ]
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_no_garbage_is_collected_in_a_capture(
+    device: Device, start: Start, is_enabled: bool, fails: bool
+) -> None:
+    collecting: list[bool] = []
+    engine = CopyEngine(device)
+    runner = start(engine)
+    check(runner, X[:4])
+    engine.on_call = lambda name: collecting.append(gc.isenabled())
+    if fails:
+        engine.refuse_after = 1
+    try:
+        if not is_enabled:
+            gc.disable()
+        check(runner, X[:4])
+        assert gc.isenabled() == is_enabled
+    finally:
+        gc.enable()
+    made, ran, captured = collecting[:3]
+    assert made == ran == is_enabled
+    assert not captured
 
 
 def test_no_memory_for_the_context_of_a_graph(device: Device, double: Double, start: Start) -> None:

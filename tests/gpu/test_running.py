@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -95,6 +96,54 @@ def test_callers_take_turns_where_memory_is_short(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "no memory for more than 1 concurrent runs (no room for a context" in caplog.text
+
+
+def run_out_of_memory(double: Double, engine: CopyEngine, runner: EngineRunner) -> None:
+    """Two callers at once, and memory for one."""
+    engine.gate = threading.Event()
+    with (
+        ThreadPoolExecutor(2) as pool,
+        double.having(elsewhere_bytes=double.get("memory_bytes")),
+    ):
+        first = pool.submit(check, runner, X[:4])
+        engine.wait_for(1)
+        second = pool.submit(check, runner, X[4:8])
+        for _ in range(1000):
+            if runner.lanes == 1:  # the second settles for the first one's lane
+                break
+            threading.Event().wait(0.01)
+        engine.gate.set()
+        first.result()
+        second.result()
+        engine.wait_for(1)
+    assert runner.lanes == 1
+
+
+def test_more_lanes_once_there_is_memory_again(
+    device: Device, double: Double, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 100.0
+    engine = CopyEngine(device)
+    runner = EngineRunner(engine, Device(), Limits(lanes=2, graphs=0), lambda: now)
+    with caplog.at_level(logging.DEBUG, "hydra_edge.gpu.running"):
+        for _ in range(2):
+            run_out_of_memory(double, engine, runner)
+            now += 29
+            check(runner, X[:4])
+            assert runner.lanes == 1
+            now += 1
+            check(runner, X[:4])
+            assert runner.lanes == 2
+            engine.wait_for(2)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG"]
+    engine.gate = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(check, runner, X[:4]) for _ in range(2)]
+        engine.wait_for(2)
+        engine.gate.set()
+        for future in futures:
+            future.result()
+    runner.close()
 
 
 @pytest.mark.parametrize("function", ["cuMemAlloc", "cuMemHostAlloc"])
@@ -200,20 +249,55 @@ def test_a_driver_that_fails(
 def test_a_failure_while_a_graph_is_captured(device: Device, double: Double, start: Start) -> None:
     runner = start(CopyEngine(device))
     check(runner, X[:4])
-    double.fail("cuMemcpyDtoHAsync", LAUNCH_FAILED, after=2)  # two outputs have been run before
     for _ in range(3):
+        double.fail("cuMemcpyDtoHAsync", LAUNCH_FAILED, after=2)  # two outputs have run before
         check(runner, X[:4])
     assert "was captured" in str(runner.plain_because)
 
 
 def test_a_gpu_that_is_lost(device: Device, double: Double, start: Start) -> None:
     """After an illegal address everything fails until the process ends: it must not hang."""
-    runner = start(CopyEngine(device))
+    engine = CopyEngine(device)
+    runner = start(engine)
     check(runner, X[:4])
     double.stick(ILLEGAL_ADDRESS)
+    with pytest.raises(ExecutionError, match=r"did not run the engine.*illegal memory access"):
+        check(runner, X[:4])
+    made = len(engine.log)
+    for call in (runner.run, runner.run_on_device):
+        with pytest.raises(
+            ExecutionError,
+            match=r"GPU is lost to this process\. After this, CUDA .*illegal memory access.* "
+            r"Restart the process",
+        ):
+            call({"x": X[:4]}, ("mean",))
+    assert len(engine.log) == made  # nothing is tried any more
+
+
+def test_a_gpu_that_is_lost_to_another_runner(device: Device, double: Double, start: Start) -> None:
+    """It learns of it when it makes a lane."""
+    engine = CopyEngine(device, refuse="execute_async")
+    runner = start(engine)
+    with pytest.raises(ExecutionError, match="was told to"):
+        check(runner, X[:4])
+    double.stick(ILLEGAL_ADDRESS)
+    with pytest.raises(ExecutionError, match=r"did not run the engine.*illegal memory access"):
+        check(runner, X[:4])
+    with pytest.raises(ExecutionError, match=r"lost to this process.*illegal memory access"):
+        check(runner, X[:4])
+
+
+def test_contexts_are_closed_although_an_error_is_kept(device: Device, start: Start) -> None:
+    engine = CopyEngine(device)
+    runner = start(engine)
     for _ in range(3):
-        with pytest.raises(ExecutionError, match="illegal memory access"):
-            check(runner, X[:4])
+        check(runner, X[:4])
+    assert engine.contexts == 2
+    engine.refuse = "execute_async"
+    with pytest.raises(ExecutionError) as caught:
+        check(runner, X[:3])
+    assert caught.tb is not None
+    assert engine.contexts == 0
 
 
 def test_the_others_go_on(device: Device, start: Start) -> None:
@@ -275,6 +359,18 @@ def test_closing_waits_for_runs_and_turns_away_who_waits(device: Device) -> None
         for i, future in enumerate(running):
             np.testing.assert_array_equal(future.result()[0], expected(X[i : i + 2])["mean"])
     assert engine.closed
+
+
+def test_a_runner_that_nobody_closed(device: Device, double: Double) -> None:
+    engine = CopyEngine(device)
+    before = double.counts()
+    runner = EngineRunner(engine, Device())
+    for _ in range(4):
+        check(runner, X[:4])
+    del runner
+    gc.collect()
+    assert engine.closed
+    assert double.counts().left_over() == before.left_over()
 
 
 def test_closing_in_another_thread_than_opening(device: Device, double: Double) -> None:

@@ -6,6 +6,7 @@ limited to the names that each version is listed with.
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,16 +62,18 @@ class Context:
         def note(name: str) -> Any:
             def call(*arguments: Any) -> bool:
                 self.calls.append((name, *arguments))
+                if name == "set_optimization_profile_async" and not self.accepts:
+                    raise RuntimeError("as Python's binding does")
                 return self.accepts
 
             return call
 
-        self.real = Limited(
+        self.real: Any = Limited(
             version,
             "IExecutionContext",
             **{name: note(name) for name in API[version]["IExecutionContext"]},
         )
-        self.real.active_optimization_profile = profile  # type: ignore[attr-defined]
+        self.real.active_optimization_profile = profile
         if hasattr(self.real, "get_tensor_shape"):
             self.real.get_tensor_shape = lambda name: [3, -1]
         if hasattr(self.real, "is_stream_capturable"):
@@ -179,6 +182,43 @@ def test_a_context_in_another_profile() -> None:
     context.accepts = False
     with pytest.raises(OutOfMemoryError, match="It is full"):
         adapted(Engine("10.3", context, profiles=2)).create_context(1, 77, 4096)
+
+
+def test_a_profile_that_is_refused() -> None:
+    context = Context("10.3")
+    made = adapted(Engine("10.3", context, profiles=2)).create_context(0, 77, 4096)
+    context.accepts = False
+    assert made.set_profile(1, 77) is False
+
+
+def test_a_closed_context_is_gone_although_a_traceback_knows_it() -> None:
+    context = Context("10.3")
+    gone = weakref.ref(context.real)
+    engine = adapted(Engine("10.3", context, profiles=2))
+
+    def fail() -> None:
+        made = engine.create_context(0, 77, 4096)
+        context.real = None
+        try:
+            raise ValueError(made)
+        finally:
+            made.close()
+
+    with pytest.raises(ValueError, match="object at") as caught:
+        fail()
+    assert caught.tb is not None
+    assert gone() is None
+
+
+def test_a_context_without_its_profile_is_gone_although_a_traceback_knows_it() -> None:
+    context = Context("10.3")
+    context.accepts = False
+    gone = weakref.ref(context.real)
+    with pytest.raises(OutOfMemoryError) as caught:
+        adapted(Engine("10.3", context, profiles=2, memory=0)).create_context(1, 77, 0)
+    context.real = None
+    assert caught.tb is not None
+    assert gone() is None
 
 
 def test_no_context() -> None:
