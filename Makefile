@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup check test demo nightly clean
+.PHONY: setup pycuda check test demo nightly clean
 
 setup: $(READY)
 
@@ -13,8 +13,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python tests/gpu/driver/install_pycuda.py --constraint constraints.txt
 	touch $(READY)
+
+# PyCUDA comes as source and takes minutes to compile; with it the tests of the GPU runtime run, too.
+pycuda: $(READY)
+	$(BIN)/python tests/gpu/driver/install_pycuda.py --constraint constraints.txt
 
 check: $(READY)
 	$(BIN)/ruff check .
