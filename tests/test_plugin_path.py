@@ -190,7 +190,7 @@ def test_gaussian_heads() -> None:
     assert_same(lowered, fused(graph, "int8"), 1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "body=fp16,heads=int8-weight-only"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
 @pytest.mark.parametrize("name", FLOATS)
 def test_both_lowerings_of_other_exporters_graphs(name: str, precision: str) -> None:
     """Plugin and standard ops compute what the fused graph computes."""
