@@ -118,11 +118,11 @@ def check(name: str, request: BuildRequest) -> None:
                 f"An engine of {name} needs a range for each; only that of the batch is known.",
                 "Export the model with fixed sizes for all axes but the batch.",
             )
-    cache = request.options.timing_cache
-    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+    path = request.options.timing_cache
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise InputError(
-            f"The timing cache cannot be written to '{cache}'.",
-            "It is a folder." if cache.is_dir() else "Its folder does not exist.",
+            f"The timing cache cannot be written to '{path}'.",
+            "It is a folder." if path.is_dir() else "Its folder does not exist.",
             "Name a file in a folder that exists.",
         )
 
