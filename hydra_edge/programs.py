@@ -56,6 +56,13 @@ class BuildOptions:
                 "TensorRT has the levels 0 (fast build) to 5 (fast engine).",
                 "Leave it out for TensorRT's own, 3.",
             )
+        path = self.timing_cache
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise InputError(
+                f"The timing cache cannot be written to '{path}'.",
+                "It is a folder." if path.is_dir() else "Its folder does not exist.",
+                "Name a file in a folder that exists.",
+            )
         if self.dla_core is not None and self.dla_core < 0:
             raise InputError(
                 f"The DLA core {self.dla_core} was asked for.",

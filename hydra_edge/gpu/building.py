@@ -15,7 +15,7 @@ import onnx
 
 from hydra_edge import ops
 from hydra_edge.artifacts.files import write_atomic
-from hydra_edge.errors import CompilationError, InputError
+from hydra_edge.errors import CompilationError
 from hydra_edge.gpu.messages import Messages
 from hydra_edge.gpu.progress import Watch
 from hydra_edge.ops import heads
@@ -63,7 +63,6 @@ def build(product: Product, model: onnx.ModelProto, request: BuildRequest) -> Pl
 
     Raises:
         CompilationError: The builder refused the model; its own words are in the message.
-        InputError: The timing cache cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed.
     """
     check(product.name, request)
@@ -108,7 +107,6 @@ def check(name: str, request: BuildRequest) -> None:
 
     Raises:
         CompilationError: An axis besides the batch is open.
-        InputError: The timing cache cannot be written.
     """
     for spec in request.inputs:
         open_axes = [size for size in spec.shape[1:] if not isinstance(size, int)]
@@ -118,13 +116,6 @@ def check(name: str, request: BuildRequest) -> None:
                 f"An engine of {name} needs a range for each; only that of the batch is known.",
                 "Export the model with fixed sizes for all axes but the batch.",
             )
-    path = request.options.timing_cache
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError(
-            f"The timing cache cannot be written to '{path}'.",
-            "It is a folder." if path.is_dir() else "Its folder does not exist.",
-            "Name a file in a folder that exists.",
-        )
 
 
 def refused(name: str, request: BuildRequest, said: str) -> CompilationError:

@@ -81,6 +81,8 @@ def test_what_another_build_wrote_meanwhile_is_kept(tmp_path: Path) -> None:
         ({"optimization_level": -1}, "TensorRT has the levels 0"),
         ({"workspace_mb": 0}, "A build needs some scratch memory"),
         ({"dla_core": -1}, "They are counted from 0"),
+        ({"timing_cache": Path("no such folder/t.cache")}, "Its folder does not exist"),
+        ({"timing_cache": Path()}, "It is a folder"),
         ({"profiles": ((3, 2, 1),)}, "not decreasing"),
     ],
 )
