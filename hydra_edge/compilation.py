@@ -67,7 +67,7 @@ def compile(
     """Lower a graph, build it for a target, prove it against the graph and pack it up.
 
     An engine of TensorRT is built on the device itself. Elsewhere the result is everything that
-    the device needs to build it, see `Engine.is_built`; its notes say with which command.
+    the device needs to build it, see `Engine.is_built`; its notes say why.
 
     Args:
         graph: Any graph; fuse it first to gain from its heads.
@@ -124,7 +124,7 @@ def compile(
     if elsewhere:
         program = replace(program, notes=(elsewhere,), facts=_asked(options))
     else:
-        program = _built(program, sources, backend, request, options)
+        program = _Build(backend, request, options, record).program(program, sources)
     metadata = graph.metadata
     return Engine(
         target=request.name,
@@ -243,90 +243,92 @@ def _asked(options: CompileOptions) -> dict[str, Json]:
 
 
 @dataclass(frozen=True)
+class _Build:
+    """One call of `compile`, from lowerings to a program."""
+
+    backend: Backend
+    request: BuildRequest
+    options: CompileOptions
+    record: Golden
+
+    def program(self, unbuilt: Program, sources: Sequence[tuple[str, Graph]]) -> Program:
+        """The fastest lowering, or the first that is built where none can be timed here."""
+        runs = self.backend.runs_here(self.request)
+        prove = self.run if runs else self.judge
+        candidates: dict[str, _Candidate] = {}
+        refusals: dict[str, HydraError] = {}
+        for name, source in sources:
+            try:
+                lowered = lowering.lower(source, self.backend.PLAIN if name == UNFUSED else name)
+                candidates[name] = _Candidate(source, *prove(name, lowered))
+            except (CompilationError, MissingDependencyError) as refusal:
+                refusals[name] = refusal
+            if candidates and not runs:
+                break
+        if not candidates:
+            raise _all_refused(refusals)
+        timings = _time(candidates, unbuilt.inputs, self.backend, self.options) if runs else {}
+        best = _choose(timings) if timings else next(iter(candidates))
+        kept = candidates[best]
+        others = (f"not as '{name}': {error.what} {error.why}" for name, error in refusals.items())
+        return replace(
+            unbuilt,
+            lowering=best,
+            lowering_ms=timings,
+            graph=kept.source,
+            payload=kept.built.stripped or kept.built.payload,
+            golden=kept.record,
+            notes=(*kept.built.notes, *others),
+            facts={**kept.built.facts, **_asked(self.options)},
+        )
+
+    def run(self, name: str, lowered: Graph) -> tuple[Built, Golden]:
+        """Build it, and prove what was built on the recorded batch.
+
+        Raises:
+            CompilationError: It was refused, or computes something else.
+            MissingDependencyError: Something is missing that this lowering needs.
+        """
+        record = self.recorded(lowered)
+        built = self.built(lowered)
+        runner = self.backend.open(built.payload, self.options.threads, built.facts)
+        error = equivalence.replay(runner, record)
+        runner.close()
+        _require_same(name, error, record)
+        return built, record
+
+    def judge(self, name: str, lowered: Graph) -> tuple[Built, Golden]:
+        """The same where it does not run: what it is built from is proved, by ONNX Runtime."""
+        record = self.recorded(lowered)
+        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
+        ours = lowering.lower(lowered, backends.find("onnxruntime").PLAIN)
+        _require_same(name, equivalence.distance(ours.model, record), record)
+        return self.built(lowered), record
+
+    def recorded(self, lowered: Graph) -> Golden:
+        """The recorded batch, with what this lowering may round."""
+        allowed = equivalence.tolerance_of(lowered.model)
+        return replace(self.record, tolerance=max(self.record.tolerance, allowed))
+
+    def built(self, lowered: Graph) -> Built:
+        """What the backend makes of it, with what `lower` had to say."""
+        built = self.backend.build(lowered.model, self.request)
+        note = lowering.note_of(lowered)
+        return replace(built, notes=(*built.notes, note)) if note else built
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """One lowering, built."""
 
-    built: Built
     source: Graph
+    built: Built
     record: Golden
 
 
-def _built(
-    program: Program,
-    sources: Sequence[tuple[str, Graph]],
-    backend: Backend,
-    request: BuildRequest,
-    options: CompileOptions,
-) -> Program:
-    """The program of the fastest lowering, or of the first where none can be timed here."""
-    runs = backend.runs_here(request)
-    candidates: dict[str, _Candidate] = {}
-    refusals: dict[str, HydraError] = {}
-    for name, source in sources:
-        try:
-            candidates[name] = _candidate(name, source, program, backend, request, options, runs)
-        except (CompilationError, MissingDependencyError) as refusal:
-            refusals[name] = refusal
-        if candidates and not runs:
-            break
-    if not candidates:
-        raise _all_refused(refusals)
-    timings = _time(candidates, program.inputs, backend, options) if runs else {}
-    best = _choose(timings) if timings else next(iter(candidates))
-    kept = candidates[best]
-    others = (f"not as '{name}': {error.what} {error.why}" for name, error in refusals.items())
-    return replace(
-        program,
-        lowering=best,
-        lowering_ms=timings,
-        graph=kept.source,
-        payload=kept.built.stripped or kept.built.payload,
-        golden=kept.record,
-        notes=(*kept.built.notes, *others),
-        facts={**kept.built.facts, **_asked(options)},
-    )
-
-
-def _candidate(
-    name: str,
-    source: Graph,
-    program: Program,
-    backend: Backend,
-    request: BuildRequest,
-    options: CompileOptions,
-    runs: bool,
-) -> _Candidate:
-    """Build one lowering and prove it on the recorded batch.
-
-    What does not run here is judged by ONNX Runtime before it is built.
-
-    Raises:
-        CompilationError: It was refused, or computes something else.
-        MissingDependencyError: Something is missing that this lowering needs.
-    """
-    lowered = lowering.lower(source, backend.PLAIN if name == UNFUSED else name)
-    record = program.golden
-    loosest = max(record.tolerance, equivalence.tolerance_of(lowered.model))
-    record = replace(record, tolerance=loosest)
-    if runs:
-        built = backend.build(lowered.model, request)
-        error = _error(built, backend, options, record)
-    else:
-        # In ops that ONNX Runtime computes right: its DequantizeLinear of fp8 is not among them.
-        ours = lowering.lower(lowered, backends.find("onnxruntime").PLAIN)
-        error = equivalence.distance(ours.model, record)
-        built = backend.build(lowered.model, request) if error <= loosest else Built(b"")
-    if error > loosest:
-        raise _DriftError({name: error}, loosest)
-    note = lowering.note_of(lowered)
-    return _Candidate(replace(built, notes=(*built.notes, note)) if note else built, source, record)
-
-
-def _error(built: Built, backend: Backend, options: CompileOptions, record: Golden) -> float:
-    runner = backend.open(built.payload, options.threads, built.facts)
-    error = equivalence.replay(runner, record)
-    runner.close()
-    return error
+def _require_same(name: str, error: float, record: Golden) -> None:
+    if error > record.tolerance:
+        raise _DriftError({name: error}, record.tolerance)
 
 
 class _DriftError(CompilationError):

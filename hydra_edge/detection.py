@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra_edge import targets
-from hydra_edge.targets import Gpu, PowerMode, Software, Target
+from hydra_edge.targets import Gpu, PowerMode, Target
 
 NVML = "libnvidia-ml.so.1"
 _GIB = 2**30
@@ -80,7 +80,7 @@ def _jetson(root: Path, chip: str) -> Detection:
     rows = [row for row in targets.TARGETS if row.is_jetson and row.known_as in model]
     row = next((row for row in rows if _same_memory(row, memory)), None)
     target = row or _jetson_like(targets.find(_CHIPS[chip]), model, memory)
-    mine = tuple(one for one in target.software if _is_of(one, l4t))
+    mine = tuple(one for one in target.software if one.is_linux(l4t))
     oldest = target.software[0]
     if l4t and not mine and _numbers(l4t) < _numbers(oldest.l4t[0]):
         why = f"{said}: its TensorRT is too old; {oldest.name} is the oldest that will do."
@@ -289,11 +289,6 @@ class _Nvml:
 def _same_memory(row: Target, memory: int) -> bool:
     low, high = _MEMORY_RANGE
     return row.gpu is not None and low <= memory / _GIB / row.gpu.memory_gb <= high
-
-
-def _is_of(software: Software, l4t: str) -> bool:
-    """Whether Jetson Linux ``36.4.3`` is one of ``36.4``."""
-    return any(f"{l4t}.".startswith(f"{release}.") for release in software.l4t)
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -57,11 +57,9 @@ class _Tail:
     layer: Layer
 
 
-class _Taker:
+class _Taker(surgery.Writer):
     def __init__(self, graph: gs.Graph) -> None:
-        self.graph = graph
-        self.prefix = surgery.fresh_name(graph, "plugin")
-        self.count = 0
+        super().__init__(graph, surgery.fresh_name(graph, "plugin"))
         self.outputs = {id(tensor) for tensor in graph.outputs}
         self.taken: set[int] = set()
         self.notes: list[str] = []
@@ -107,7 +105,12 @@ class _Taker:
         if layer.x_scale is not None and dtype not in _HALVES:
             return self.quantized(x, layer, per_head)
         if layer.weight.dtype in _HALVES and dtype != layer.weight.dtype:
-            return self.cast(x, layer.weight.dtype), layer.weight.dtype, per_head, layer
+            return (
+                self.cast(x, layer.weight.dtype),
+                layer.weight.dtype,
+                per_head,
+                layer,
+            )
         if dtype not in _HALVES:
             self.notes.append(
                 f"The input of '{node.name}' is {dtype} in the graph and float16 in the plugin."
@@ -173,7 +176,7 @@ class _Taker:
             if widened is None and len(found.layers) == 1:
                 found = replace(found, y_type=kind)
             else:  # the kernels write fp32; readers of the 16-bit tensor keep it
-                out = self.variable(np.float32) if widened is None else widened
+                out = gs.Variable(self.name("logits"), np.float32) if widened is None else widened
                 self.detach(out)
                 if y.outputs or id(y) in self.outputs:
                     self.append("Cast", [out], [y], {"to": _code(kind)})
@@ -184,7 +187,7 @@ class _Taker:
             outputs += list(reader.outputs)
             reader.outputs.clear()
             reader.inputs.clear()
-        stem = f"{self.prefix}/heads_{self.count}"
+        stem = self.name("heads")
         parameters = [gs.Constant(f"{stem}/{name}", values) for name, values in found.parameters()]
         self.append(heads.OP, [x, *parameters], outputs, found.attributes(), heads.DOMAIN)
 
@@ -213,40 +216,6 @@ class _Taker:
 
     def cast(self, x: gs.Tensor, to: np.dtype) -> gs.Tensor:
         return self.emit("Cast", [x], to, {"to": _code(to)})
-
-    def constant(self, values: Array) -> gs.Constant:
-        self.count += 1
-        return gs.Constant(
-            f"{self.prefix}/constant_{self.count}",
-            np.ascontiguousarray(values).reshape(values.shape),
-        )
-
-    def variable(self, dtype: npt.DTypeLike) -> gs.Variable:
-        self.count += 1
-        return gs.Variable(f"{self.prefix}/tensor_{self.count}", dtype)
-
-    def emit(
-        self,
-        op: str,
-        inputs: list[gs.Tensor],
-        dtype: npt.DTypeLike,
-        attrs: dict[str, object] | None = None,
-    ) -> gs.Tensor:
-        output = self.variable(dtype)
-        self.append(op, inputs, [output], attrs or {})
-        return output
-
-    def append(
-        self,
-        op: str,
-        inputs: list[gs.Tensor],
-        outputs: list[gs.Tensor],
-        attrs: dict[str, object],
-        domain: str | None = None,
-    ) -> None:
-        self.count += 1
-        name = f"{self.prefix}/{op}_{self.count}"
-        self.graph.nodes.append(gs.Node(op, name, attrs, inputs, outputs, domain=domain))
 
 
 def _before_widening(x: gs.Tensor) -> gs.Tensor:

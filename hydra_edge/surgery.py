@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,51 @@ def _write_small_types(graph: gs.Graph) -> None:
         if isinstance(tensor, gs.Constant) and str(tensor.dtype) in _WRITTEN_HERE:
             proto = onnx.numpy_helper.from_array(np.asarray(tensor.values), tensor.name)
             tensor.values = LazyValues(proto)
+
+
+class Writer:
+    """Adds nodes to a graph, under names that begin with ``prefix`` and are new below it."""
+
+    def __init__(self, graph: gs.Graph, prefix: str) -> None:
+        self.graph, self.prefix = graph, prefix
+        self.count = 0
+
+    def name(self, kind: str) -> str:
+        """A new name."""
+        self.count += 1
+        return f"{self.prefix}/{kind}_{self.count}"
+
+    def constant(self, values: Array) -> gs.Constant:
+        """A new constant."""
+        return gs.Constant(self.name("constant"), np.array(values, order="C"))
+
+    def emit(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        dtype: npt.DTypeLike = np.float32,
+        attrs: Mapping[str, object] | None = None,
+        *,
+        domain: str | None = None,
+        shape: Sequence[int | str] | None = None,
+    ) -> gs.Variable:
+        """A new node with one new output."""
+        output = gs.Variable(self.name(op), dtype, shape)
+        self.append(op, inputs, [output], attrs or {}, domain)
+        return output
+
+    def append(
+        self,
+        op: str,
+        inputs: Sequence[gs.Tensor],
+        outputs: Sequence[gs.Tensor],
+        attrs: Mapping[str, object],
+        domain: str | None = None,
+    ) -> None:
+        """A new node that writes ``outputs``."""
+        node = gs.Node(op, self.name(f"{op}_node"), dict(attrs), list(inputs), list(outputs))
+        node.domain = domain
+        self.graph.nodes.append(node)
 
 
 def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:

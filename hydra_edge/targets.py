@@ -30,6 +30,10 @@ class Software:
     python: str = ""
     l4t: tuple[str, ...] = ()
 
+    def is_linux(self, l4t: str) -> bool:
+        """Whether Jetson Linux ``36.4.3`` is one of ``36.4``."""
+        return any(f"{l4t}.".startswith(f"{release}.") for release in self.l4t)
+
 
 @dataclass(frozen=True)
 class PowerMode:

@@ -123,13 +123,8 @@ def refit(payload: bytes, weights: Mapping[str, Array], facts: Mapping[str, Json
         InputError: It has no weight of that name.
         MissingDependencyError: TensorRT, PyCUDA or our plugin's library is not installed.
     """
-    built = opening.require_gpu(facts)
-    trt = _library()
-    device = Device()
+    trt, device = opening.on_device(_library, _PRODUCT, facts)
     try:
-        fit.check(built, fit.find_machine(device, _PRODUCT, str(trt.__version__)))
-        if built.plugin is not None:
-            plugin.load(trt)
         with device.current():
             full, stripped = refitting.refit(trt, payload, weights)
             wanted = facts.get(BUILD_OPTIONS, {})
@@ -146,8 +141,7 @@ def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None =
         DeviceMismatchError: It was built for something else than is here.
         MissingDependencyError: TensorRT, PyCUDA or our plugin's library is not installed.
     """
-    opening.require_gpu(facts or {})
-    return opening.open_engine(_library(), _PRODUCT, payload, facts or {})
+    return opening.open_engine(_library, _PRODUCT, payload, facts or {})
 
 
 def _free_bytes(device: Device) -> int:

@@ -125,8 +125,7 @@ def open(payload: bytes, threads: int | None, facts: Mapping[str, Json] | None =
         DeviceMismatchError: It was built for something else than is here.
         MissingDependencyError: TensorRT-RTX, PyCUDA or the driver is not installed.
     """
-    opening.require_gpu(facts or {})
-    return opening.open_engine(_library(), "tensorrt_rtx", payload, facts or {})
+    return opening.open_engine(_library, "tensorrt_rtx", payload, facts or {})
 
 
 def _library() -> types.ModuleType:

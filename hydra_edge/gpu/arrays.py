@@ -18,7 +18,24 @@ Array = npt.NDArray[np.generic]
 _LEGACY_STREAM = 1  # as __cuda_array_interface__ spells CUDA's default stream
 
 
-class DeviceArray:
+class _Shaped:
+    """What shape and type tell of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class DeviceArray(_Shaped):
     """An output that stayed on the GPU. It is complete: no stream has to be waited for.
 
     Torch, CuPy and others take it without a copy: ``torch.from_dlpack(array)``,
@@ -42,16 +59,6 @@ class DeviceArray:
         self.address = int(allocation)
         self._scope = device.hold()
         weakref.finalize(self, _free, device, self._scope, allocation)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def numpy(self) -> Array:
         """A copy on the CPU."""
@@ -103,7 +110,7 @@ def _free(device: Device, scope: Any, allocation: Any) -> None:
     device.release()
 
 
-class Foreign:
+class Foreign(_Shaped):
     """An array that another library keeps on a GPU, to be read where it is.
 
     Args:
@@ -166,16 +173,6 @@ class Foreign:
         if strides is None:
             return None
         return tuple(step // self.dtype.itemsize for step in strides)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return len(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def require_on(self, device: Device) -> None:
         """Check that it is where the engine is.

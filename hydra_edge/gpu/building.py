@@ -6,7 +6,7 @@ is multiplied in integers. Nothing here reads the environment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from hydra_edge.artifacts.files import write_atomic
 from hydra_edge.errors import CompilationError
 from hydra_edge.gpu.messages import Messages
 from hydra_edge.gpu.progress import Watch
-from hydra_edge.ops import heads
 from hydra_edge.programs import BuildRequest
 
 if TYPE_CHECKING:
@@ -209,8 +208,3 @@ def _save_timings(config: Any, path: Path) -> None:
     if written is not None:
         measured.combine(written, False)  # of another device nothing is taken
     write_atomic(path, bytes(measured.serialize()))
-
-
-def plugin_nodes(model: onnx.ModelProto) -> Sequence[onnx.NodeProto]:
-    """The nodes that our plugin computes."""
-    return [node for node in model.graph.node if node.op_type == heads.OP]

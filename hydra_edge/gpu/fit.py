@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -135,13 +134,11 @@ def find_machine(
 
 def find_plugin(version: str, folder: Path | None = None) -> Plugin | None:
     """The installed library of our plugin for a version of TensorRT; None if it does not load."""
-    path = plugin.path_for(version, folder)
     try:
-        layout = ctypes.CDLL(str(path)).hydra_plugin_layout
+        layout = plugin.layout_of(plugin.path_for(version, folder))
     except (OSError, AttributeError):  # `plugin.load` says why
         return None
-    layout.restype = ctypes.c_char_p
-    return Plugin(layout().decode(), plugin.VERSION)
+    return Plugin(layout, plugin.VERSION)
 
 
 def find_jetpack(root: Path = Path("/")) -> str | None:
@@ -163,7 +160,7 @@ def find_jetpack(root: Path = Path("/")) -> str | None:
         return f"of an unknown Jetson Linux, '{line.strip()}'"
     linux = f"{found[1]}.{found[2]}"
     for release in (*targets.ORIN_RELEASES, *targets.THOR_RELEASES):
-        if any(f"{linux}.".startswith(f"{known}.") for known in release.l4t):
+        if release.is_linux(linux):
             return release.name.removeprefix("jp")
     return f"of Jetson Linux {linux}, which is not known"
 

@@ -26,6 +26,18 @@ def path_for(version: str, folder: Path | None = None) -> Path:
     return (folder or Path(__file__).parents[1]) / f"libhydra_plugin{major[0]}.so"
 
 
+def layout_of(path: Path) -> str:
+    """How a plugin's library wants weights to be packed.
+
+    Raises:
+        OSError: It is not there, or does not load.
+        AttributeError: It is no library of ours.
+    """
+    function = ctypes.CDLL(str(path)).hydra_plugin_layout
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
 def load(trt: types.ModuleType, folder: Path | None = None) -> None:
     """Register the plugin with TensorRT; doing so twice is fine.
 
@@ -52,15 +64,13 @@ def load(trt: types.ModuleType, folder: Path | None = None) -> None:
             build,
         )
     try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
+        layout = layout_of(path)
+    except (OSError, AttributeError) as error:
         raise MissingDependencyError(
             f"{path.name} cannot be loaded: {error}.",
             "It needs libhydra_kernels.so beside it, and the CUDA driver.",
             build,
         ) from error
-    library.hydra_plugin_layout.restype = ctypes.c_char_p
-    layout = library.hydra_plugin_layout().decode()
     if layout != packing.LAYOUT:
         raise DeviceMismatchError(
             f"{path.name} reads weights in the layout {layout}.",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,7 +131,7 @@ def tensorrt_builder() -> Build:
 
     def build(model: object, request: BuildRequest) -> Built:
         product = building.Product("TensorRT", trt, tensorrt._configure(trt, request))
-        plan = building.build(product, model, replace(request))  # type: ignore[arg-type]
+        plan = building.build(product, model, request)  # type: ignore[arg-type]
         return Built(plan.data, plan.notes)
 
     return build
