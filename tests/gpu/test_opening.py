@@ -82,7 +82,7 @@ def test_without_the_library_no_gpu_is_taken(gpu: type[Gpu]) -> None:
 def test_without_a_gpu_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = detection.Detection(targets.find("cpu"), "No GPU of NVIDIA.")
     monkeypatch.setattr(detection, "detect", lambda: found)
-    with pytest.raises(DeviceMismatchError, match="for a GPU, sm_90. Here is none") as caught:
+    with pytest.raises(DeviceMismatchError, match=r"for a GPU, sm_90\. Here is none") as caught:
         opening.on_device(lambda: pytest.fail("asked"), "tensorrt", facts(HERE))
     assert "--target cpu" in caught.value.fix
 
