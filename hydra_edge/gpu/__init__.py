@@ -1,11 +1,15 @@
 """What builds, loads and runs engines on a GPU. Importing it loads neither CUDA nor TensorRT.
 
+Engines are made and checked by
+
     building.py           from a lowered model to an engine; messages.py, progress.py: what is said
     layers.py             what an engine really computes in
     plugin.py             the library with our plugin
     refitting.py          new weights for an engine
     fit.py                whether an engine is for this machine
     opening.py            from a file's bytes to a runner
+
+and run by
 
     engines.py            what a runner needs of an engine, whoever made it
     tensorrt_engine.py    TensorRT's objects as `engines.Engine`
