@@ -7,7 +7,8 @@ outputs of the summary. Everything is allocated beforehand: `run` only launches.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -71,6 +72,27 @@ class Heads:
     shape: Shape
     weights: list[torch.Tensor]
     biases: list[torch.Tensor]
+    packed_as: dict[tuple[str, int], list[torch_kernels.PackedWeights]] = field(
+        default_factory=dict
+    )
+
+    def packed(self, kind: str, group: int) -> list[torch_kernels.PackedWeights]:
+        """Each layer in the order of the kernels; packed once, one head per CPU core at a time."""
+        if (kind, group) not in self.packed_as:
+            with ThreadPoolExecutor() as pool:
+                self.packed_as[kind, group] = [
+                    _joined(
+                        list(
+                            pool.map(
+                                lambda head: torch_kernels.pack(head, kind, group=group or 128),
+                                weight.cpu().split(1),
+                            )
+                        ),
+                        weight.device,
+                    )
+                    for weight in self.weights
+                ]
+        return self.packed_as[kind, group]
 
     @classmethod
     def random(cls, shape: Shape, device: str, seed: int = 0) -> Heads:
@@ -141,14 +163,10 @@ class Ours:
         self.name, self.copies, self.library = f"{format.name} {path}", copies, library
         self.heads, self.batch, self.format, self.path = heads, batch, format, path
         shape, device = heads.shape, heads.weights[0].device
+        packed = heads.packed(KINDS[format.weight_type], format.group)
         # Everything that a launch points at.
         self.constants: list[torch.Tensor] = []
         self.buffers: list[torch.Tensor] = []
-        kind = KINDS[format.weight_type]
-        packed = [
-            torch_kernels.pack(weight, kind, group=format.group or 128, device=device)
-            for weight in heads.weights
-        ]
         self.weight_bytes = sum(p.weight.numel() for p in packed)
         self.weights = [[p.weight.clone() for _ in range(copies)] for p in packed]
         self.packed = packed
@@ -338,6 +356,20 @@ class Torch:
         for weight, bias in zip(weights[1:], self.biases[1:], strict=True):
             h = torch.baddbmm(bias[:, None], self._between(h), weight)
         return torch_kernels.summarize(h)
+
+
+def _joined(
+    heads: list[torch_kernels.PackedWeights], device: torch.device
+) -> torch_kernels.PackedWeights:
+    def joined(name: str) -> torch.Tensor | None:
+        parts = [getattr(head, name) for head in heads]
+        return None if parts[0] is None else torch.cat(parts).to(device)
+
+    weight = joined("weight")
+    assert weight is not None
+    return replace(
+        heads[0], weight=weight, scale=joined("scale"), group_scale=joined("group_scale")
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

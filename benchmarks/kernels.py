@@ -1,6 +1,7 @@
 """The kernels against torch on a GPU, every benchmarked shape, in CUDA graphs.
 
-Usage: python benchmarks/kernels.py [-o results/kernels.json] [--only NAME] [--library FILE]
+Usage: python benchmarks/kernels.py [-o results/kernels.json] [--only NAME] [--without SIDE]
+                                    [--replays 40] [--library FILE]
 
 Cold: a graph runs the heads again and again, each time with another copy of the weights; the
 copies take more than twice the L2, so that weights come from DRAM; for heads of a few KB that is
@@ -47,16 +48,20 @@ ROOFLINE = (
     Shape("roofline 32x(768,512,3129)", 32, 768, (512,), 3129),
 )
 BASELINES = ("separate", "bmm", "compiled")
-REPLAYS = 40
 MAX_COPIES = 4096  # of 25 KB and more: what is smaller comes from L2 even when cold
 MAX_BYTES = 40 << 30  # of all copies of one side
 TOLERANCE = {"fp16": 0.02, "w8a8": 0.1, "w8a16": 0.05, "w4a16": 0.5}
 
 
 class Timer:
-    """CUDA graphs of several pieces of work, replayed in turn."""
+    """CUDA graphs of several pieces of work, replayed in turn.
 
-    def __init__(self) -> None:
+    Args:
+        replays: How many of each are timed.
+    """
+
+    def __init__(self, replays: int = 40) -> None:
+        self.replays = replays
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
 
     def capture(self, name: str, launch: Callable[[int], Any], runs: int) -> None:
@@ -76,7 +81,7 @@ class Timer:
     def measure(self) -> dict[str, dict[str, float]]:
         """Microseconds per run: median, 10th and 90th percentile."""
         times: dict[str, list[float]] = {name: [] for name in self.graphs}
-        for replay in range(REPLAYS + 3):
+        for replay in range(self.replays + 3):
             for name, (graph, runs) in self.graphs.items():
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda._sleep(5_000_000)  # clocks, while the CPU submits the graph
@@ -122,13 +127,15 @@ def copies_for(weight_bytes: int, l2: int) -> int:
     return max(2, min(wanted, MAX_COPIES, MAX_BYTES // max(weight_bytes, 1)))
 
 
-def sides(library: kernels.Library, heads: Heads, batch: int, l2: int) -> list[Work]:
+def sides(
+    library: kernels.Library, heads: Heads, batch: int, l2: int, baselines: tuple[str, ...]
+) -> list[Work]:
     """Everything that can run these heads."""
 
     def copies(bits: int) -> int:
         return copies_for(heads.shape.parameters * bits // 8, l2)
 
-    works: list[Work] = [Torch(heads, batch, how, copies(16)) for how in BASELINES]
+    works: list[Work] = [Torch(heads, batch, how, copies(16)) for how in baselines]
     for format in FORMATS:
         works += [
             Ours(library, heads, batch, format, path, copies(format.bits))
@@ -150,12 +157,19 @@ def agree(works: list[Work]) -> dict[str, float]:
     return found
 
 
-def measure(library: kernels.Library, shape: Shape, batch: int, machine: dict[str, Any]) -> Any:
+def measure(
+    library: kernels.Library,
+    heads: Heads,
+    batch: int,
+    machine: dict[str, Any],
+    baselines: tuple[str, ...] = BASELINES,
+    replays: int = 40,
+) -> Any:
     """One row: all sides, cold and warm."""
-    heads = Heads.random(shape, "cuda")
-    works = sides(library, heads, batch, machine["l2_bytes"])
+    shape = heads.shape
+    works = sides(library, heads, batch, machine["l2_bytes"], baselines)
     errors = agree(works)
-    cold, warm = Timer(), Timer()
+    cold, warm = Timer(replays), Timer(replays)
     for work in works:
         runs = max(work.copies, 64)
         cold.capture(work.name, lambda i, work=work: work.run(i % work.copies), runs)
@@ -306,6 +320,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "kernels.json")
     parser.add_argument("--only", help="part of a shape's name")
+    parser.add_argument("--without", choices=BASELINES, action="append", default=[])
+    parser.add_argument("--replays", type=int, default=40, help="of each side, cold and warm")
     parser.add_argument("--library", type=Path, help="libhydra_kernels.so")
     arguments = parser.parse_args()
     record: dict[str, Any] = {
@@ -322,12 +338,16 @@ def main() -> int:
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
         print(f"not measured: {reason}")
         return 6
-    record |= {"measured": True, "machine": describe_device(), "rows": []}
+    baselines = tuple(name for name in BASELINES if name not in arguments.without)
+    record |= {"measured": True, "machine": describe_device(), "replays": arguments.replays}
+    record |= {"baselines": baselines, "rows": []}
     for shape in (*SHAPES, *ROOFLINE):
         if shape.image or (arguments.only and arguments.only not in shape.name):
             continue
+        heads = Heads.random(shape, "cuda")
         for batch in shape.rows:
-            record["rows"].append(measure(library, shape, batch, record["machine"]))
+            row = measure(library, heads, batch, record["machine"], baselines, arguments.replays)
+            record["rows"].append(row)
             gc.collect()  # a compiled function and its weights refer to each other
             torch.cuda.empty_cache()
             record["targets"] = targets(record["rows"])
