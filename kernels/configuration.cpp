@@ -164,7 +164,7 @@ hydra_status check_summary(const hydra_summary_shape& s) {
 }
 
 bool summary_is_slow(int heads, int outputs, int rows, int batch) {
-  const int64_t worth_a_launch = 128 * 1024;  // bytes that one SM reads from L2 meanwhile
+  const int64_t worth_a_launch = 16 * 1024;  // bytes that one block makes something of meanwhile
   return int64_t(heads) * outputs * std::min(rows, batch) * 4 > worth_a_launch;
 }
 
@@ -184,11 +184,16 @@ hydra_summary_config summary_behind(int heads, int outputs, int rows_at_hand, in
 
 using namespace hydra;
 
-// 1. As many rows of the batch in a block as there are, up to 64: weights are then read once.
-// 2. Two row tiles a warp where at least two blocks per SM remain: half the reads of x.
+// 1. As many rows of the batch in a block as there are, up to 64: weights are then read once. Fewer
+//    while there are fewer blocks than SMs, or few of those that an SM has to itself; weights that
+//    are read again come from L2.
+// 2. Two row tiles a warp, half the reads of x, where blocks for three of four places remain.
 // 3. Warps side by side until a block reads no more x than weights from L2.
 // 4. Then warps along K, as long as each has two tiles to hide the latency of the next behind; the
 //    rest side by side. Fewer side by side while there are fewer blocks than SMs.
+// 5. Half the warps where blocks would not all run at once: a second round that is not full takes as
+//    long as a full one.
+// With a summary behind it a block has four warps at least: the last one does it alone.
 hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_device* device,
                                  hydra_linear_config* config) {
   const hydra_linear_shape& s = *shape;
@@ -197,16 +202,19 @@ hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_de
   const int row_tiles = divided_up(s.outputs, 16), k_tiles = divided_up(s.inputs, depth_of(variant));
 
   hydra_linear_config c{};
-  c.batch_tiles = 1;
-  while (8 * c.batch_tiles < s.batch && linear_exists(variant, 2 * c.batch_tiles) &&
-         c.batch_tiles < 8) {
+  c.batch_tiles = c.row_warps = c.k_warps = 1;
+  c.row_tiles = row_tiles > 1 ? 2 : 1;
+  const int crowded = 8;  // rounds of blocks behind which an SM no longer misses its second block
+  while (8 * c.batch_tiles < s.batch && c.batch_tiles < 8 &&
+         linear_exists(variant, 2 * c.batch_tiles)) {
     c.batch_tiles *= 2;
+    const bool alone = units_of(variant) * c.batch_tiles > 4;
+    if (blocks_of(s, c) < (alone ? crowded : 1) * device->sm_count) {
+      c.batch_tiles /= 2;
+      break;
+    }
   }
-  c.row_tiles = 2;
-  c.row_warps = c.k_warps = 1;
-  if (row_tiles == 1 || blocks_of(s, c) < 2 * device->sm_count) {
-    c.row_tiles = 1;
-  }
+  if (2 * blocks_of(s, c) < 3 * device->sm_count) c.row_tiles = 1;
   const int warps = c.batch_tiles * c.row_tiles == 16 ? kWarps / 2 : kWarps;  // shared memory
   const auto widen = [&](int least) {
     while (2 * c.row_warps * c.k_warps <= warps && c.row_warps < least &&
@@ -219,6 +227,12 @@ hydra_status hydra_choose_linear(const hydra_linear_shape* shape, const hydra_de
   widen(warps);
   while (c.row_warps > 1 && blocks_of(s, c) < device->sm_count) c.row_warps /= 2;
   while (2 * c.row_warps * c.k_warps <= warps && 2 * c.k_warps <= k_tiles) c.k_warps *= 2;
+  if (c.row_warps * c.k_warps == kWarps && blocks_of(s, c) > 2 * device->sm_count) {
+    (c.k_warps > 1 ? c.k_warps : c.row_warps) /= 2;
+  }
+  if (s.summary != HYDRA_NO_SUMMARY) {
+    while (c.row_warps * c.k_warps < kWarps / 2) c.k_warps *= 2;
+  }
   c.prefer_library = s.batch > 64;
   c.prefer_summary_alone = summary_is_slow(s.heads, s.outputs, 8 * c.batch_tiles, s.batch);
   *config = c;

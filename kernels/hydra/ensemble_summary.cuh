@@ -132,13 +132,13 @@ class SummaryBlock {
     }
     if (!last_to_arrive(p_.counters + row, p_.slices, reinterpret_cast<int*>(parts_))) return;
     part = {0, 0, 0, -1, 0};
-    for (int s = 0; s < p_.slices; ++s) {
+    for (int s = thread_index(); s < p_.slices; s += block_threads()) {
       const RowPart* from = p_.parts + int64_t(row) * p_.slices + s;
       part = joined(part, {read_fresh(&from->predictive), read_fresh(&from->expected),
                            read_fresh(&from->disagreements), read_fresh(&from->best),
                            read_fresh(&from->winner)});
     }
-    finish(row, 0, part, true);
+    finish(row, 0, reduced(part, p_.class_threads), true);
   }
 
   // Whether this block is the last of `blocks` to come here; what the others wrote before is then
@@ -157,11 +157,41 @@ class SummaryBlock {
   }
 
  private:
-  HYDRA_DEVICE float logit(int head, int row, int c) const {
-    const int64_t index = (int64_t(head) * p_.batch + row) * p_.outputs + c;
-    if (p_.type == Real::kFloat) return read_fresh(static_cast<const float*>(p_.logits) + index);
-    const uint16_t bits = read_fresh(static_cast<const uint16_t*>(p_.logits) + index);
-    return p_.type == Real::kHalf ? half_to_float(bits) : bfloat_to_float(bits);
+  // As many loads are on their way at once: one after the other the latency of L2 would be all the
+  // time that a summary takes.
+  static constexpr int kTogether = 8;
+
+  HYDRA_DEVICE int64_t index_of(int head, int row, int c) const {
+    return (int64_t(head) * p_.batch + row) * p_.outputs + c;
+  }
+
+  // Logits index, index + step, …, `count` of them or kTogether.
+  HYDRA_DEVICE void read(float (&logits)[kTogether], int64_t index, int64_t step, int count) const {
+    if (p_.type == Real::kFloat) {
+      const float* from = static_cast<const float*>(p_.logits) + index;
+      HYDRA_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        logits[i] = i < count ? read_fresh(from + i * step) : 0.0f;
+      }
+      return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(p_.logits) + index;
+    uint16_t bits[kTogether];
+    HYDRA_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      bits[i] = i < count ? read_fresh(from + i * step) : uint16_t(0);
+    }
+    HYDRA_UNROLL
+    for (int i = 0; i < kTogether; ++i) {
+      logits[i] = p_.type == Real::kHalf ? half_to_float(bits[i]) : bfloat_to_float(bits[i]);
+    }
+  }
+
+  // Those of one class, of heads `first` and on; returns how many.
+  HYDRA_DEVICE int read_class(float (&logits)[kTogether], int first, int row, int c) const {
+    const int count = min(kTogether, p_.heads - first);
+    read(logits, index_of(first, row, c), int64_t(p_.batch) * p_.outputs, count);
+    return count;
   }
 
   // ---- over a group of threads: a power of 2 up to a warp by shuffles, more through shared memory
@@ -215,24 +245,35 @@ class SummaryBlock {
   // Relative to the largest logit, so that nothing overflows:
   //   S = sum exp(l - top), W = sum (l - top) exp(l - top), log_sum = log S, H = log S - W/S
   HYDRA_DEVICE HeadStatistics statistics_of(int row, int head, int threads) {
-    const int start = thread_index() % threads;
-    const float lowest = -INFINITY;
-    float top = lowest;
+    const int start = thread_index() % threads, stride = kTogether * threads;
+    const int64_t from = index_of(head, row, 0);
+    float logits[kTogether];
+    float top = -INFINITY;
     int vote = p_.outputs;
-    for (int c = start; c < p_.outputs; c += threads) {
-      const float l = logit(head, row, c);
-      if (l > top || vote == p_.outputs) {
-        top = l;
-        vote = c;
+    for (int first = start; first < p_.outputs; first += stride) {
+      const int count = (p_.outputs - first + threads - 1) / threads;
+      read(logits, from + first, threads, count);
+      HYDRA_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        if (i < count && (logits[i] > top || vote == p_.outputs)) {
+          top = logits[i];
+          vote = first + i * threads;
+        }
       }
     }
     const RowPart best = reduced({0, 0, 0, top, vote}, threads);
     RowPart sum = {0, 0, 0, 0, 0};
-    for (int c = start; c < p_.outputs; c += threads) {
-      const float below = logit(head, row, c) - best.best;
-      const float e = expf(below);
-      sum.predictive += e;
-      sum.expected += e > 0 ? below * e : e;  // -inf * 0 counts as 0; NaN stays
+    for (int first = start; first < p_.outputs; first += stride) {
+      const int count = (p_.outputs - first + threads - 1) / threads;
+      if (p_.outputs > stride) read(logits, from + first, threads, count);  // else they are here
+      HYDRA_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        if (i >= count) break;
+        const float below = logits[i] - best.best;
+        const float e = expf(below);
+        sum.predictive += e;
+        sum.expected += e > 0 ? below * e : e;  // -inf * 0 counts as 0; NaN stays
+      }
     }
     sum = reduced(sum, threads);
     const float log_s = logf(sum.predictive);
@@ -262,23 +303,33 @@ class SummaryBlock {
   HYDRA_DEVICE RowPart classes(int row, int slot, int begin, int end) {
     RowPart part = {0, 0, 0, -1, 0};
     const float share = 1.0f / p_.heads;
+    float logits[kTogether];
     for (int c = begin + thread_index() % p_.class_threads; c < end; c += p_.class_threads) {
       float mean = 0;
       if (p_.kind == Summary::kSoftmax) {
-        for (int m = 0; m < p_.heads; ++m) {
-          const HeadStatistics* head = statistics_ + slot * p_.heads + m;
-          mean += expf(logit(m, row, c) - read_shared(&head->top) - read_shared(&head->log_sum));
+        for (int first = 0; first < p_.heads; first += kTogether) {
+          const int count = read_class(logits, first, row, c);
+          HYDRA_UNROLL
+          for (int i = 0; i < kTogether; ++i) {
+            if (i >= count) break;
+            const HeadStatistics* head = statistics_ + slot * p_.heads + first + i;
+            mean += expf(logits[i] - read_shared(&head->top) - read_shared(&head->log_sum));
+          }
         }
         mean *= share;
         part.predictive += entropy_term(mean);
       } else {
         float expected = 0;
         int yes = 0;
-        for (int m = 0; m < p_.heads; ++m) {
-          const float l = logit(m, row, c);
-          mean += 1.0f / (1.0f + expf(-l));
-          expected += coin_entropy(l);
-          yes += l > 0;
+        for (int first = 0; first < p_.heads; first += kTogether) {
+          const int count = read_class(logits, first, row, c);
+          HYDRA_UNROLL
+          for (int i = 0; i < kTogether; ++i) {
+            if (i >= count) break;
+            mean += 1.0f / (1.0f + expf(-logits[i]));
+            expected += coin_entropy(logits[i]);
+            yes += logits[i] > 0;
+          }
         }
         mean *= share;
         part.predictive += entropy_term(mean) + (mean < 1 ? -(1 - mean) * log1pf(-mean) : 0.0f);
@@ -323,14 +374,27 @@ class SummaryBlock {
     for (int i = thread_index(); i < (end - first) * dims; i += block_threads()) {
       const int row = first + i / dims, d = i % dims;
       float mean = 0, aleatoric = 0, epistemic = 0;
-      for (int m = 0; m < p_.heads; ++m) {
-        mean += logit(m, row, d);
-        aleatoric += expf(logit(m, row, dims + d));
+      float means[kTogether], log_variances[kTogether];
+      for (int m = 0; m < p_.heads; m += kTogether) {
+        const int count = read_class(means, m, row, d);
+        read_class(log_variances, m, row, dims + d);
+        HYDRA_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
+          if (i >= count) break;
+          mean += means[i];
+          aleatoric += expf(log_variances[i]);
+        }
       }
       mean *= share;
-      for (int m = 0; m < p_.heads; ++m) {
-        const float offset = logit(m, row, d) - mean;
-        epistemic += offset * offset;
+      for (int m = 0; m < p_.heads; m += kTogether) {
+        const int count = min(kTogether, p_.heads - m);
+        if (p_.heads > kTogether) read_class(means, m, row, d);  // else they are here
+        HYDRA_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
+          if (i >= count) break;
+          const float offset = means[i] - mean;
+          epistemic += offset * offset;
+        }
       }
       write_global(p_.mean + int64_t(row) * dims + d, mean);
       write_global(p_.predictive_entropy + int64_t(row) * dims + d, aleatoric * share);

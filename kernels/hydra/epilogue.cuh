@@ -3,6 +3,9 @@
 //   v = sum * (x_scale * weight_scale[m, n]) + bias[m, n]      scales 1 and bias 0 where absent
 //   y = activation(v), stored in fp32, fp16, bf16, or int8: clamp(round_half_even(v / y_scale))
 //
+// A thread has one output, for a block's threads are a multiple of its outputs, and some rows of the
+// batch: it waits for bias and scale once.
+//
 // The sums of a block's warps first meet in shared memory, [splits of K, 8 NT rows of x, outputs],
 // and are added in the order of K. Outputs there are `staged_stride` apart: 4 or 20 more than a
 // multiple of 32, so that the fragments of one MMA fall into 32 different banks.
@@ -35,6 +38,16 @@ struct HeadScale {
   }
 };
 
+struct Column {
+  float scale, bias;
+
+  // Before the activation.
+  template <class Sum>
+  HYDRA_DEVICE float linear(Sum sum) const {
+    return float(sum) * scale + bias;
+  }
+};
+
 struct Epilogue {
   const float* weight_scale;  // [M, N] or null
   const float* bias;          // [M, N] or null
@@ -42,13 +55,11 @@ struct Epilogue {
   Activation activation;
   int outputs;  // N
 
-  // Before the activation.
-  template <class Sum>
-  HYDRA_DEVICE float linear(Sum sum, int head, int n) const {
+  // What output n of a head is scaled by and added to; asked once, before its rows of the batch.
+  HYDRA_DEVICE Column column(int head, int n) const {
     const int64_t index = int64_t(head) * outputs + n;
-    float v = float(sum);
-    if (weight_scale) v *= x_scale.of(head) * read_input(weight_scale + index);
-    return bias ? v + read_input(bias + index) : v;
+    return {weight_scale ? x_scale.of(head) * read_input(weight_scale + index) : 1.0f,
+            bias ? read_input(bias + index) : 0.0f};
   }
 };
 

@@ -100,13 +100,15 @@ HYDRA_KERNEL(kMaxThreads, (kLinearBlocks<Format, NT, RT>)) group_linear(GroupLin
 
   const int stride = staged_stride(rows);
   const float y_scale = p.y_type == Output::kInt8 ? p.y_scale.of(head) : 1.0f;
-  for (int i = thread_index(); i < rows * here; i += block_threads()) {
-    const int row = i % rows, b = i / rows, n = first_row + row;
-    if (n >= outputs) continue;
-    const Sum sum = staged_sum<NT>(staged, p.split, stride, b, row);
-    const float v = activated(p.epilogue.linear(sum, head, n), p.epilogue.activation);
-    store(p.y, (int64_t(head) * p.batch + first_b + b) * outputs + n, v, p.y_type, y_scale,
-          1.0f / y_scale);
+  const int row = thread_index() % rows, n = first_row + row;
+  if (n < outputs) {
+    const Column column = p.epilogue.column(head, n);
+    for (int b = thread_index() / rows; b < here; b += block_threads() / rows) {
+      const Sum sum = staged_sum<NT>(staged, p.split, stride, b, row);
+      const float v = activated(column.linear(sum), p.epilogue.activation);
+      store(p.y, (int64_t(head) * p.batch + first_b + b) * outputs + n, v, p.y_type, y_scale,
+            1.0f / y_scale);
+    }
   }
 
   if (p.summary.kind == Summary::kNone) return;

@@ -198,18 +198,14 @@ class ChainBlock {
     }
   }
 
-  HYDRA_DEVICE float value(const ChainLayer& layer, int first, int rows, int row, int b) const {
-    const auto sum = staged_sum<NT>(staged_, layer.split, staged_stride(rows), b, row);
-    return layer.epilogue.linear(sum, head_, first + row);
-  }
-
   HYDRA_DEVICE void write_hidden(const ChainLayer& layer, const Activations<Format>& out, int first,
                                  int rows) {
-    const int outputs = layer.epilogue.outputs;
-    for (int i = thread_index(); i < rows * kBatch; i += block_threads()) {
-      const int row = i % rows, b = i / rows, n = first + row;
-      if (n >= outputs) continue;
-      const float v = value(layer, first, rows, row, b);
+    const int outputs = layer.epilogue.outputs, row = thread_index() % rows, n = first + row;
+    if (n >= outputs) return;
+    const Column column = layer.epilogue.column(head_, n);
+    for (int b = thread_index() / rows; b < kBatch; b += block_threads() / rows) {
+      const auto sum = staged_sum<NT>(staged_, layer.split, staged_stride(rows), b, row);
+      const float v = column.linear(sum);
       if (layer.gamma) {
         write_shared(normed_ + b * outputs + n, v);
       } else {
@@ -219,11 +215,12 @@ class ChainBlock {
   }
 
   HYDRA_DEVICE void write_outputs(const ChainLayer& layer, int first, int rows) {
-    const int outputs = layer.epilogue.outputs;
-    for (int i = thread_index(); i < rows * here_; i += block_threads()) {
-      const int row = i % rows, b = i / rows, n = first + row;
-      if (n >= outputs) continue;
-      const float v = activated(value(layer, first, rows, row, b), layer.epilogue.activation);
+    const int outputs = layer.epilogue.outputs, row = thread_index() % rows, n = first + row;
+    if (n >= outputs) return;
+    const Column column = layer.epilogue.column(head_, n);
+    for (int b = thread_index() / rows; b < here_; b += block_threads() / rows) {
+      const auto sum = staged_sum<NT>(staged_, layer.split, staged_stride(rows), b, row);
+      const float v = activated(column.linear(sum), layer.epilogue.activation);
       write_global(p_.y + (int64_t(head_) * p_.batch + first_b_ + b) * outputs + n, v);
     }
   }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from kernels.emulation import Emulator, compile_emulated
 if TYPE_CHECKING:
     from kernels.gpu import Gpu
 
+COMPILING_SECONDS = 600
+
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,7 +24,19 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(given)
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed: the kernels' emulator cannot be compiled")
-    return compile_emulated(tmp_path_factory.mktemp("kernels") / "libhydra_kernels_emulated.so")
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent  # of all workers: the first to come compiles
+    path, claim = folder / "libhydra_kernels_emulated.so", folder / "compiling"
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        for _ in range(COMPILING_SECONDS):
+            if path.exists():
+                return path
+            time.sleep(1)
+        pytest.fail(f"the kernels were not compiled within {COMPILING_SECONDS} s")
+    return compile_emulated(folder / "unfinished.so").rename(path)
 
 
 @pytest.fixture
