@@ -7,6 +7,9 @@ Each layer of each benchmarked shape runs cold (other weights in every launch, m
 holds of them) in a CUDA graph, with every configuration that is compiled. Weights are random bits
 in the size of each format: the time does not depend on them. `chosen_over_best` is the median time
 of the heuristic's choice over that of the fastest.
+
+`cublas_us` is what the same layer takes in fp16 through torch: one wide GEMM where heads share x,
+else a batched one, bias included. A row in fp16 is like against like; the others read fewer bytes.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from kernels import ROOFLINE, Timer, copies_for, describe_device
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ("batch_tiles", "row_tiles", "row_warps", "k_warps")
-REPLAYS = 7
+REPLAYS = 5
 LAUNCHES = 24
+HEAD_START = 400_000
 
 
 class Layer:
@@ -73,7 +77,7 @@ class Layer:
 
     def time(self, configs: list[LinearConfig]) -> list[float | None]:
         """Microseconds of a launch with each, median; None where there is no such kernel."""
-        timer = Timer(REPLAYS)
+        timer = Timer(REPLAYS, HEAD_START)
         for i, config in enumerate(configs):
             try:
                 self.launch(config, 0)
@@ -90,6 +94,27 @@ class Layer:
         stream = torch.cuda.current_stream().cuda_stream
         arguments = self.arguments[run % self.copies]
         self.library.group_linear(self.shape, arguments, config, stream)
+
+
+def cublas(shape: LinearShape, l2: int) -> float:
+    """Microseconds of the layer in fp16, by torch."""
+    size = 2 * shape.heads * shape.inputs * shape.outputs
+    copies, m, n = min(copies_for(size, l2), 512), shape.heads, shape.outputs
+    options = {"device": "cuda", "dtype": torch.float16}
+    timer = Timer(REPLAYS, HEAD_START)
+    if shape.x_per_head:
+        x = torch.randn((m, shape.batch, shape.inputs), **options)
+        weights = torch.randn((copies, m, shape.inputs, n), **options)
+        bias, y = torch.randn((m, 1, n), **options), torch.empty((m, shape.batch, n), **options)
+        timer.capture(
+            "", lambda run: torch.baddbmm(bias, x, weights[run % copies], out=y), LAUNCHES
+        )
+    else:
+        x = torch.randn((shape.batch, shape.inputs), **options)
+        weights = torch.randn((copies, shape.inputs, m * n), **options)
+        bias, y = torch.randn(m * n, **options), torch.empty((shape.batch, m * n), **options)
+        timer.capture("", lambda run: torch.addmm(bias, x, weights[run % copies], out=y), LAUNCHES)
+    return timer.measure()[""]["median_us"]
 
 
 def row(library: Library, shape: Shape, batch: int, index: int, format: Format, l2: int) -> Any:
@@ -112,6 +137,7 @@ def row(library: Library, shape: Shape, batch: int, index: int, format: Format, 
         "layer": index,
         "format": format.name,
         "weights_mb": round(linear.heads * linear.inputs * linear.outputs * format.bits / 8e6, 3),
+        "cublas_us": cublas(linear, l2),
         "chosen": named(chosen),
         "chosen_us": times[0],
         "best": [{"config": config, "us": time} for time, config in ranked[:5]],
@@ -156,7 +182,7 @@ def main() -> int:
                 f"{shape.name:<26} B={batch:<4} layer {index} {format.name:<6} "
                 f"{found['weights_mb']:8.2f} MB {found['chosen']:<9} {found['chosen_us']:8.2f} us, "
                 f"best {found['best'][0]['config']:<9} {found['best'][0]['us']:8.2f} us, "
-                f"x {found['chosen_over_best']:.2f}",
+                f"x {found['chosen_over_best']:.2f}, cuBLAS {found['cublas_us']:8.2f} us",
                 flush=True,
             )
             arguments.output.write_text(json.dumps(record, indent=1) + "\n")

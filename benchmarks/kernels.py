@@ -48,7 +48,7 @@ ROOFLINE = (
     Shape("roofline 32x(768,512,3129)", 32, 768, (512,), 3129),
 )
 BASELINES = ("separate", "bmm", "compiled")
-MAX_COPIES = 4096  # of 25 KB and more: what is smaller comes from L2 even when cold
+MAX_COPIES = 256  # of 0.4 MB and more on an H100: what is smaller comes from L2 even when cold
 MAX_BYTES = 40 << 30  # of all copies of one side
 TOLERANCE = {"fp16": 0.02, "w8a8": 0.1, "w8a16": 0.05, "w4a16": 0.5}
 
@@ -58,10 +58,12 @@ class Timer:
 
     Args:
         replays: How many of each are timed.
+        head_start: Clocks that the GPU waits while the CPU submits a graph.
     """
 
-    def __init__(self, replays: int = 40) -> None:
+    def __init__(self, replays: int = 40, head_start: int = 5_000_000) -> None:
         self.replays = replays
+        self.head_start = head_start
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
 
     def capture(self, name: str, launch: Callable[[int], Any], runs: int) -> None:
@@ -84,7 +86,7 @@ class Timer:
         for replay in range(self.replays + 3):
             for name, (graph, runs) in self.graphs.items():
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(5_000_000)  # clocks, while the CPU submits the graph
+                torch.cuda._sleep(self.head_start)
                 begin.record()
                 graph.replay()
                 end.record()
@@ -105,12 +107,14 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, read and write counted."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    """Bytes per second of a large copy, read and write counted: CUDA's own or a kernel's."""
+    source = torch.empty(1 << 28, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    timer = Timer()
+    timer = Timer(20)
     timer.capture("copy", lambda _: target.copy_(source), 4)
-    return 2 * source.numel() / (timer.measure()["copy"]["p10_us"] * 1e-6)
+    timer.capture("add", lambda _: torch.add(source, 1, out=target), 4)
+    fastest = min(time["p10_us"] for time in timer.measure().values())
+    return 2 * source.numel() * source.element_size() / (fastest * 1e-6)
 
 
 def empty_kernel() -> float:
