@@ -181,10 +181,7 @@ def seeded(name: str, to: Path) -> Path:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly)
-        for name in FAULTS
-    ],
+    [pytest.param(name, marks=() if name in EVERY_RUN else pytest.mark.nightly) for name in FAULTS],
 )
 def test_is_caught(name: str, tmp_path: Path) -> None:
     library = compile_emulated(
