@@ -154,9 +154,10 @@ def distill(
     Args:
         ensemble: The M members, run in eval mode; left in the mode and on the device it was.
         student: The untrained student, with at most M heads. It is not changed.
-        data: What to imitate on: an array or tensor ``[N, …]``, a tuple of them for a model with
-            several inputs, or a map-style dataset that yields x or ``(x, …)``, where x may be a
-            tuple of inputs. numpy's float64 becomes torch's default dtype.
+        data: What to imitate on: an array or tensor ``[N, …]``; a tuple, list or mapping of them
+            for a model with several inputs, which go in by position; or a map-style dataset that
+            yields x or ``(x, …)``, where x may be a tuple or mapping of inputs. numpy's float64
+            becomes torch's default dtype.
         config: How to train.
         augment: Called as ``augment(x, generator)`` on every batch of the first input, on the CPU;
             draw from the generator to keep runs repeatable. Needs ``teacher="online"``.

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +22,7 @@ from hydra_edge.ensembles import Ensemble
 from hydra_edge.errors import ArtifactError, DistillationError, InputError
 
 Array: TypeAlias = npt.NDArray[np.generic] | torch.Tensor
-Data: TypeAlias = Array | tuple[Array, ...] | Dataset[object]
+Data: TypeAlias = Array | Sequence[Array] | Mapping[str, Array] | Dataset[object]
 Inputs: TypeAlias = tuple[torch.Tensor, ...]
 Outputs: TypeAlias = np.memmap[Any, np.dtype[np.float32]]
 
@@ -30,10 +30,17 @@ _HASHED_SAMPLES = 64
 
 
 class TransferSet(Dataset[Inputs]):
-    """Any accepted data as a map-style dataset of tuples, one tensor per input of the model."""
+    """Any accepted data as a map-style dataset of tuples, one tensor per input of the model.
+
+    The inputs of a mapping go into the model by position, in the mapping's order.
+    """
 
     def __init__(self, data: Data) -> None:
-        parts = data if isinstance(data, tuple) else (data,)
+        parts: tuple[object, ...] = (data,)
+        if isinstance(data, Mapping):
+            parts = tuple(data.values())
+        elif isinstance(data, (tuple, list)):
+            parts = tuple(data)
         self.arrays = tuple(part for part in parts if isinstance(part, (np.ndarray, torch.Tensor)))
         self.dataset: Any = data
         if parts and len(self.arrays) == len(parts):
@@ -48,7 +55,7 @@ class TransferSet(Dataset[Inputs]):
             raise InputError(
                 f"The data is a {type(data).__name__}.",
                 "Samples are visited by number, in a new order every epoch.",
-                "Give a numpy array, a tensor, a tuple of them or a map-style torch Dataset.",
+                "Give an array or tensor, a tuple, list or mapping of them, or a map-style Dataset.",
             )
         if len(lengths) > 1 or 0 in lengths:
             raise InputError(
@@ -62,8 +69,12 @@ class TransferSet(Dataset[Inputs]):
         return self.length
 
     def __getitem__(self, index: int) -> Inputs:
+        if self.arrays:
+            return tuple(_tensor(array[index]) for array in self.arrays)
         sample = self.dataset[index]
         first = sample[0] if isinstance(sample, (tuple, list)) else sample
+        if isinstance(first, Mapping):
+            first = tuple(first.values())
         return tuple(map(_tensor, first if isinstance(first, (tuple, list)) else (first,)))
 
     def __getitems__(self, indices: Sequence[int]) -> Inputs:
