@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import Progress
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from hydra_edge.artifacts.files import write_atomic
-from hydra_edge.ensembles import Ensemble
+from hydra_edge.ensembles import Ensemble, tensor_state
 from hydra_edge.errors import ArtifactError, DistillationError, InputError
 
 Array: TypeAlias = npt.NDArray[np.generic] | torch.Tensor
@@ -55,7 +57,7 @@ class TransferSet(Dataset[Inputs]):
             raise InputError(
                 f"The data is a {type(data).__name__}.",
                 "Samples are visited by number, in a new order every epoch.",
-                "Give an array or tensor, a tuple, list or mapping of them, or a map-style Dataset.",
+                "Give an array, a tuple, list or mapping of arrays, or a map-style torch Dataset.",
             )
         if len(lengths) > 1 or 0 in lengths:
             raise InputError(
@@ -160,6 +162,13 @@ def _write_outputs(
     progress.unlink()
 
 
+def architecture(module: nn.Module) -> str:
+    """What a module is built of, without its weights and memory addresses."""
+    shapes = [(name, value.shape, value.dtype) for name, value in tensor_state(module).items()]
+    trained = [name for name, value in module.named_parameters() if value.requires_grad]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module} {shapes} {trained}")
+
+
 def hash_tensors(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
     """Feed dtype, shape and content of tensors to a hash."""
     for tensor in tensors:
@@ -167,8 +176,13 @@ def hash_tensors(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def check_finite(outputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+def check_finite(outputs: torch.Tensor, indices: Sequence[int], first: int = 0) -> torch.Tensor:
     """The members' outputs ``[M, B, C]`` as they are.
+
+    Args:
+        outputs: Of members ``first``, ``first`` + 1, ….
+        indices: Numbers of the B samples, for the message.
+        first: Number of the first member, for the message.
 
     Raises:
         DistillationError: One is not finite.
@@ -177,7 +191,7 @@ def check_finite(outputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
     if len(bad):
         member, row = bad[0].tolist()
         raise DistillationError(
-            f"Member {member} gives NaN or inf for sample {indices[row]}.",
+            f"Member {first + member} gives NaN or inf for sample {indices[row]}.",
             "A head cannot imitate that.",
             "Check that member and that sample.",
         )
