@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ T = TypeVar("T")
 # One process may compute the teacher's outputs for hours while others have finished theirs.
 _PATIENCE = datetime.timedelta(days=7)
 # What gloo, NCCL and torch's own layer say when a peer is gone or silent; plain RuntimeErrors.
+_PLACE = re.compile(r"^\[[^\]]*\] *")  # the line of C++ that they begin with
 _LOST = ("connection", "gloo", "nccl", "timed out", "timeout", "processgroup", "socket", "peer")
 
 
@@ -121,7 +123,7 @@ class Processes:
         try:
             yield
         except RuntimeError as exc:
-            text = str(exc).strip().splitlines()
+            text = _PLACE.sub("", str(exc).strip()).split(". ")[0].splitlines()
             lost = self.size > 1 and any(word in str(exc).lower() for word in _LOST)
             if not lost or isinstance(exc, torch.OutOfMemoryError):
                 raise
@@ -197,6 +199,7 @@ def launch(arguments: Sequence[str], count: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
+        run_id="hydra-edge",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
