@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_edge.errors import InputError, require
+from hydra_edge.errors import HydraError, InputError, require
 
 _POOLS = ("auto", "first", "mean", "max")
 _OWN = {"inputs", "pool", "pretrained"}
@@ -106,9 +106,9 @@ def load(name: str, options: Mapping[str, Any], folder: Path | None = None) -> B
     config = {key: value for key, value in options.items() if key not in _OWN}
     try:
         return build(model, config, options, folder or Path())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as exc:
-        if isinstance(exc, InputError):
-            raise
+    except HydraError:
+        raise
+    except Exception as exc:  # whatever the library raises about a name or an option
         raise InputError(
             f"{library} cannot build '{model}' with {config}: {exc}.",
             "The name or an option is not one that it knows, or its files are not there.",
