@@ -34,10 +34,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def alone(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, as accelerate keeps one precision per process."""
-    command = [sys.executable, "-m", "hydra_edge.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def alone(*recipes: Path) -> list[str]:
+    """What `distill` prints for each, in a process of its own: accelerate keeps one precision."""
+    options = "'--quiet', '--json'], standalone_mode=False"
+    calls = [f"app(['distill', {str(recipe)!r}, {options})" for recipe in recipes]
+    code = "; ".join(["from hydra_edge.cli import app", *calls])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def test_a_killed_process_stops_the_run_which_then_goes_on(project: Path) -> None:
@@ -72,16 +76,14 @@ def test_a_killed_process_stops_the_run_which_then_goes_on(project: Path) -> Non
     done = sum(map(len, loss_curve(project / "run")))
     assert 0 < done < 16
     recipe_project.write(project, "killed", augment=augment.format("quick"), distillation=settings)
-    resumed = alone("distill", recipe, "--quiet", "--json")
-    assert resumed.returncode == 0, resumed.stderr
-    recipe.write_text(recipe.read_text().replace('"run"', '"whole"'))
-    whole = alone("distill", recipe, "--quiet", "--json")
-    assert whole.returncode == 0, whole.stderr
+    whole = project / "whole.toml"
+    whole.write_text(recipe.read_text().replace('"run"', '"whole"'))
+    printed = alone(recipe, whole)
+    assert sum('"heads": 3' in line for line in printed) == 2
     curves = [np.concatenate(loss_curve(project / name)) for name in ("run", "whole")]
     assert curves[0].shape == (16,)
     # bf16 keeps 8 bits, and the halves of a batch are rounded apart.
     np.testing.assert_allclose(*curves, rtol=0.05)
-    assert json.loads(resumed.stdout)["heads"] == 3
 
 
 def test_members_are_asked_once_and_the_student_learns_from_files(project: Path) -> None:
