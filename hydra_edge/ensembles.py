@@ -6,11 +6,8 @@ as safetensors files, which unlike pickles cannot run code when they are read.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from hydra_edge import tasks
+from hydra_edge import factories, tasks
 from hydra_edge.artifacts.files import write_atomic
 from hydra_edge.errors import ArtifactError, InputError
 
@@ -244,36 +241,7 @@ def load_factory(factory: str) -> nn.Module:
     Raises:
         InputError: The text is malformed, or importing or calling it does not give a module.
     """
-    module_name, colon, attribute = factory.partition(":")
-    if not (module_name and colon and attribute):
-        raise InputError(
-            f"'{factory}' does not name a factory.",
-            "A factory is written as module, colon, function.",
-            "Write it like 'models.resnet:small'.",
-        )
-    with _current_directory_importable():
-        try:
-            build = getattr(importlib.import_module(module_name), attribute, None)
-            made: object = build() if callable(build) else None
-        except Exception as exc:
-            absent = exc.name if isinstance(exc, ModuleNotFoundError) else None
-            if absent and f"{module_name}.".startswith(f"{absent}."):
-                raise InputError(
-                    f"Module '{module_name}' cannot be found.",
-                    f"It is neither installed nor a file under '{Path.cwd()}'.",
-                    "Run from the folder that holds it, or install its package.",
-                ) from exc
-            raise InputError(
-                f"Loading '{factory}' raised {type(exc).__name__}: {exc}.",
-                "Its module is imported, then the function is called without arguments.",
-                "Correct that code, or name a function that takes no arguments.",
-            ) from exc
-    if not callable(build):
-        raise InputError(
-            f"Module '{module_name}' has no function '{attribute}'.",
-            "A factory is called to build a new module.",
-            "Check the spelling after the colon.",
-        )
+    made = factories.call(factory)
     if not isinstance(made, nn.Module):
         raise InputError(
             f"'{factory}' returned a {type(made).__name__}.",
@@ -444,18 +412,6 @@ def _reinitialised(stage: nn.Module) -> nn.Module:
                 "Give the class a reset_parameters method, or build the heads yourself.",
             )
     return stage
-
-
-@contextlib.contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    entry = str(Path.cwd())
-    sys.path.insert(0, entry)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the imported file may have removed it itself
-            sys.path.remove(entry)
 
 
 def _tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:

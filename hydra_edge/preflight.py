@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
-from torch import nn
 
 from hydra_edge import tasks
-from hydra_edge.ensembles import Ensemble, Hydra, tensor_state
+from hydra_edge.ensembles import Hydra
 from hydra_edge.errors import HydraError, InputError
-from hydra_edge.transfer import Inputs, TransferSet
+from hydra_edge.transfer import Inputs, TransferSet, architecture
+
+
+class Imitated(Protocol):
+    """What is known of a teacher before it runs: an `Ensemble`, a share of one, or predictions."""
+
+    heads: int
+    task: str
+    labels: tuple[str, ...]
 
 
 def check_request(
-    ensemble: Ensemble,
+    ensemble: Imitated,
     student: Hydra,
     inputs: TransferSet,
     *,
     cached: bool,
-    augmented: bool,
+    changed: Sequence[str],
     copies_head: bool,
 ) -> None:
     """Check what can be told without running the models.
@@ -42,11 +50,11 @@ def check_request(
             "A head without a member to imitate would learn nothing of its own.",
             f"Give the student at most {ensemble.heads} heads.",
         )
-    if augmented and cached:
+    if changed and cached:
         raise InputError(
-            "augment is given, but teacher is 'cached'.",
-            "Cached outputs belong to the samples as they are, not to augmented ones.",
-            "Set teacher='online', or leave augment out.",
+            f"{' and '.join(changed)} is given, but teacher is 'cached'.",
+            "Cached outputs belong to the samples as they are, not to changed ones.",
+            f"Set teacher='online', or leave {' and '.join(changed)} out.",
         )
     if cached and not inputs.arrays and inputs.digest(True) != inputs.digest(True):
         raise InputError(
@@ -71,13 +79,20 @@ def check_request(
 
 
 def check_outputs(
-    ensemble: Ensemble,
+    ensemble: Callable[..., torch.Tensor],
     student: Hydra,
     inputs: TransferSet,
     temperatures: tuple[float, ...],
     device: torch.device,
 ) -> torch.Size:
     """Run both models on the first samples.
+
+    Args:
+        ensemble: Gives the members' outputs ``[M, B, C]``.
+        student: What is to be trained.
+        inputs: The samples.
+        temperatures: Of the losses.
+        device: Where both are.
 
     Returns:
         The shape of the ensemble's answer, ``[M, 2, C]``.
@@ -105,17 +120,10 @@ def check_outputs(
     return teacher.shape
 
 
-def architecture(module: nn.Module) -> str:
-    """What a module is built of, without its weights and memory addresses."""
-    shapes = [(name, value.shape, value.dtype) for name, value in tensor_state(module).items()]
-    trained = [name for name, value in module.named_parameters() if value.requires_grad]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module} {shapes} {trained}")
-
-
-def _answer(name: str, module: nn.Module, x: Inputs) -> torch.Tensor:
+def _answer(name: str, module: Callable[..., torch.Tensor], x: Inputs) -> torch.Tensor:
     try:
         with torch.no_grad():
-            output: torch.Tensor = module(*x)
+            output = module(*x)
     except HydraError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as exc:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import Progress
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from hydra_edge.artifacts.files import write_atomic
-from hydra_edge.ensembles import Ensemble
+from hydra_edge.ensembles import Ensemble, tensor_state
 from hydra_edge.errors import ArtifactError, DistillationError, InputError
 
 Array: TypeAlias = npt.NDArray[np.generic] | torch.Tensor
-Data: TypeAlias = Array | tuple[Array, ...] | Dataset[object]
+Data: TypeAlias = Array | Sequence[Array] | Mapping[str, Array] | Dataset[object]
 Inputs: TypeAlias = tuple[torch.Tensor, ...]
 Outputs: TypeAlias = np.memmap[Any, np.dtype[np.float32]]
 
@@ -30,10 +32,17 @@ _HASHED_SAMPLES = 64
 
 
 class TransferSet(Dataset[Inputs]):
-    """Any accepted data as a map-style dataset of tuples, one tensor per input of the model."""
+    """Any accepted data as a map-style dataset of tuples, one tensor per input of the model.
+
+    The inputs of a mapping go into the model by position, in the mapping's order.
+    """
 
     def __init__(self, data: Data) -> None:
-        parts = data if isinstance(data, tuple) else (data,)
+        parts: tuple[object, ...] = (data,)
+        if isinstance(data, Mapping):
+            parts = tuple(data.values())
+        elif isinstance(data, (tuple, list)):
+            parts = tuple(data)
         self.arrays = tuple(part for part in parts if isinstance(part, (np.ndarray, torch.Tensor)))
         self.dataset: Any = data
         if parts and len(self.arrays) == len(parts):
@@ -48,7 +57,7 @@ class TransferSet(Dataset[Inputs]):
             raise InputError(
                 f"The data is a {type(data).__name__}.",
                 "Samples are visited by number, in a new order every epoch.",
-                "Give a numpy array, a tensor, a tuple of them or a map-style torch Dataset.",
+                "Give an array, a tuple, list or mapping of arrays, or a map-style torch Dataset.",
             )
         if len(lengths) > 1 or 0 in lengths:
             raise InputError(
@@ -62,8 +71,12 @@ class TransferSet(Dataset[Inputs]):
         return self.length
 
     def __getitem__(self, index: int) -> Inputs:
+        if self.arrays:
+            return tuple(_tensor(array[index]) for array in self.arrays)
         sample = self.dataset[index]
         first = sample[0] if isinstance(sample, (tuple, list)) else sample
+        if isinstance(first, Mapping):
+            first = tuple(first.values())
         return tuple(map(_tensor, first if isinstance(first, (tuple, list)) else (first,)))
 
     def __getitems__(self, indices: Sequence[int]) -> Inputs:
@@ -149,6 +162,13 @@ def _write_outputs(
     progress.unlink()
 
 
+def architecture(module: nn.Module) -> str:
+    """What a module is built of, without its weights and memory addresses."""
+    shapes = [(name, value.shape, value.dtype) for name, value in tensor_state(module).items()]
+    trained = [name for name, value in module.named_parameters() if value.requires_grad]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{module} {shapes} {trained}")
+
+
 def hash_tensors(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
     """Feed dtype, shape and content of tensors to a hash."""
     for tensor in tensors:
@@ -156,8 +176,13 @@ def hash_tensors(hasher: Any, tensors: Iterable[torch.Tensor]) -> None:
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def check_finite(outputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
+def check_finite(outputs: torch.Tensor, indices: Sequence[int], first: int = 0) -> torch.Tensor:
     """The members' outputs ``[M, B, C]`` as they are.
+
+    Args:
+        outputs: Of members ``first``, ``first`` + 1, ….
+        indices: Numbers of the B samples, for the message.
+        first: Number of the first member, for the message.
 
     Raises:
         DistillationError: One is not finite.
@@ -166,7 +191,7 @@ def check_finite(outputs: torch.Tensor, indices: Sequence[int]) -> torch.Tensor:
     if len(bad):
         member, row = bad[0].tolist()
         raise DistillationError(
-            f"Member {member} gives NaN or inf for sample {indices[row]}.",
+            f"Member {first + member} gives NaN or inf for sample {indices[row]}.",
             "A head cannot imitate that.",
             "Check that member and that sample.",
         )

@@ -215,11 +215,17 @@ def test_models_with_several_inputs(data: torch.Tensor) -> None:
         def __getitem__(self, index: int) -> tuple[object, int]:
             return (self.data[index], np.int64(index % 5)), 0
 
+    class Named(Samples):
+        def __getitem__(self, index: int) -> dict[str, object]:  # type: ignore[override]
+            return {"image": self.data[index], "word": np.int64(index % 5)}
+
     ensemble = Ensemble([Both(), Both()])
     student = Hydra(Both(), linear_heads(2, CLASSES, CLASSES))
     words = np.arange(SAMPLES) % 5
     trained = distill(ensemble, student, (data, words), SHORT, progress=False)
-    assert_equal(distill(ensemble, student, Pairs(data), SHORT, progress=False), trained)
+    kinds = (Pairs(data), [data, words], {"image": data, "word": words}, Named(data))
+    for same in kinds:
+        assert_equal(distill(ensemble, student, same, SHORT, progress=False), trained)
     assert trained(data, torch.from_numpy(words)).shape == (2, SAMPLES, CLASSES)
     distill(ensemble, student, (data, words), ONLINE, augment=noisy, progress=False)
 

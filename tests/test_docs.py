@@ -87,8 +87,16 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
 def test_blocks_of_guides_run(name: str, least: int, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="it makes the student")
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    assert {page.name for page in GUIDES} == {"jetson.md", "gpu.md", "troubleshooting.md"}
+    assert {page.name for page in GUIDES} == {
+        *("jetson.md", "gpu.md", "troubleshooting.md", "scaling.md"),
+    }
     assert run_blocks(ROOT / "docs" / name, tmp_path) >= least
+
+
+@pytest.mark.filterwarnings("default")
+def test_blocks_of_scaling_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="its student has a body of that library")
+    assert run_blocks(ROOT / "docs" / "scaling.md", tmp_path) >= 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
