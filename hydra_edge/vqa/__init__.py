@@ -1,0 +1,1 @@
+"""Visual question answering: data, answers, tokens, and questions to a live engine."""
