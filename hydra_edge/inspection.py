@@ -151,6 +151,7 @@ def describe_engine(engine: Engine) -> Rows:
         "labels": list(engine.labels),
         "metrics": dict(engine.metrics),
         "tools": dict(engine.tools),
+        "assets": [f"{name}, {len(data)} bytes" for name, data in engine.assets.items()],
         "source sha256": engine.source_sha256,
         "calibration sha256": engine.calibration_sha256,
     }

@@ -199,7 +199,9 @@ class _Taker(surgery.Writer):
         return None
 
     def summary_of(self, y: gs.Tensor) -> gs.Node | None:
-        return next((n for n in y.outputs if n.op in heads.SUMMARY_OPS and n.domain == ops.DOMAIN), None)
+        return next(
+            (n for n in y.outputs if n.op in heads.SUMMARY_OPS and n.domain == ops.DOMAIN), None
+        )
 
     def detach(self, tensor: gs.Tensor) -> None:
         """Nobody writes ``tensor`` any more."""

@@ -135,7 +135,9 @@ def bin_reliability(session: str, answers: Answers, labels: Array | None) -> Rel
     prob = np.asarray(summary["mean_prob"], np.float64)
     best = prob.argmax(-1)
     # What people agree on is a score for every answer, and then being right has degrees.
-    right = best == labels if labels.ndim == 1 else np.take_along_axis(labels, best[:, None], 1)[:, 0]
+    right = (
+        best == labels if labels.ndim == 1 else np.take_along_axis(labels, best[:, None], 1)[:, 0]
+    )
     confidence = prob.max(-1)
     index = np.minimum((confidence * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
     groups = [index == i for i in range(_RELIABILITY_BINS) if (index == i).any()]

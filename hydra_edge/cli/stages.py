@@ -311,13 +311,33 @@ def bench(
 @verb
 def run(
     engine: Path,
-    inputs: Annotated[Path, typer.Argument(help="Inputs: .npy, or .npz by input name.")],
+    inputs: Annotated[
+        Path, typer.Argument(help="Inputs: .npy, or .npz by input name; with --question an image.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz to write.")] = None,
     head_logits: Annotated[bool, typer.Option(help="Every head's raw output too.")] = False,
+    question: Annotated[
+        str | None, typer.Option(help="Ask this about the image, and answer in words.")
+    ] = None,
+    defer: Annotated[
+        str | None,
+        typer.Option(help="With --question: when to ask somebody else, NAME=LIMIT."),
+    ] = None,
     threads: Threads = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Predict, with uncertainty."""
+    if question is not None:
+        if output is not None or head_logits:
+            raise UsageError(
+                "--output or --head-logits was given with --question.",
+                "A question is answered in words.",
+                "Use --json, or pass the tokens in an .npz file.",
+            )
+        from hydra_edge.cli import asking
+
+        asking.ask(engine, inputs, question, defer, threads, as_json)
+        return
     import io
 
     import numpy as np

@@ -199,7 +199,7 @@ def check_scores(target: npt.ArrayLike, batch: int, answers: int) -> Float:
 
 
 def _best(prob: Float) -> npt.NDArray[np.int64]:
-    return prob.argmax(-1)[:, None]
+    return np.asarray(prob.argmax(-1)[:, None])
 
 
 def _worth(score: Float, cost: float) -> Float:
