@@ -27,9 +27,10 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path(
         "demo"
     ),
+    task: Annotated[str, typer.Option(help="classification or vqa.")] = "classification",
     as_json: JsonFlag = False,
 ) -> None:
-    """Tell the whole story on real data: train, distil, quantize, fuse, compile, compare."""
+    """Tell the whole story: train, distil, quantize, fuse, compile, compare."""
     from hydra_edge.errors import require
 
     for module in ("torch", "accelerate", "safetensors", "onnxscript", "sklearn", "torchmetrics"):
@@ -37,7 +38,7 @@ def demo(
     require("matplotlib", "demo")
     from hydra_edge.demo import run_demo
 
-    report = run_demo(output, console=terminal.console_on())
+    report = run_demo(output, terminal.console_on(), task)
     if as_json:
         typer.echo(report.to_json())
 

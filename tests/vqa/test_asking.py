@@ -156,9 +156,11 @@ def test_engines_that_cannot_be_asked() -> None:
 )
 def test_settings_that_are_none(text: str) -> None:
     assets = {TOKENIZER: tokenizer().to_bytes(), SETTINGS: text.encode()}
-    with load(replace(engine(), assets=assets), threads=1) as session:
-        with pytest.raises(ArtifactError, match=r"'asking.json' cannot be read"):
-            Answerer(session)
+    with (
+        load(replace(engine(), assets=assets), threads=1) as session,
+        pytest.raises(ArtifactError, match=r"'asking.json' cannot be read"),
+    ):
+        Answerer(session)
 
 
 def test_settings_are_plain_json() -> None:

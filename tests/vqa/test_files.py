@@ -41,7 +41,7 @@ def test_features(tmp_path: Path) -> None:
     np.testing.assert_array_equal(features, np.full((2, 5), 25))
     np.save(split.pictures[25].with_suffix(".npy"), np.ones(3))
     split.pictures[25].unlink()
-    again = VqaFiles.load(*[path for path in sorted_paths(tmp_path)])
+    again = VqaFiles.load(*sorted_paths(tmp_path))
     np.testing.assert_array_equal(again.picture(2), np.ones(3))
     np.savez(again.pictures[9], a=np.ones(3), b=np.ones(3))
     with pytest.raises(ArtifactError, match="holds a, b"):
@@ -64,7 +64,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     said = json.loads(annotations.read_text())
     (pictures / "COCO_train2014_000000000025.png").unlink()
     (pictures / "readme.txt").write_text("25")
-    with pytest.raises(InputError, match="1 images are not in .*, the first is 25"):
+    with pytest.raises(InputError, match=r"1 images are not in .*, the first is 25"):
         VqaFiles.load(questions, annotations, pictures)
     annotations.write_text(json.dumps({"annotations": said["annotations"][1:]}))
     with pytest.raises(InputError, match="Question 25000 has no annotation"):
