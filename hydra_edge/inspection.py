@@ -63,6 +63,8 @@ _LIBRARIES = (
     ("torchmetrics", "torchmetrics", "metrics", "calibration error"),
     ("matplotlib", "matplotlib", "report", "plots in HTML reports"),
     ("tensorrt_rtx", "tensorrt-rtx", "rtx", "engines for GeForce RTX cards"),
+    ("tokenizers", "tokenizers", "vqa", "questions in words"),
+    ("PIL", "pillow", "vqa", "image files"),
     ("tensorrt", "tensorrt", "tensorrt", "engines for Jetson and data-center GPUs"),
     ("pycuda.driver", "pycuda", "tensorrt", "building and running them"),
 )
