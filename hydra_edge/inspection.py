@@ -63,6 +63,8 @@ _LIBRARIES = (
     ("torchmetrics", "torchmetrics", "metrics", "calibration error"),
     ("matplotlib", "matplotlib", "report", "plots in HTML reports"),
     ("tensorrt_rtx", "tensorrt-rtx", "rtx", "engines for GeForce RTX cards"),
+    ("tokenizers", "tokenizers", "vqa", "questions in words"),
+    ("PIL", "pillow", "vqa", "image files"),
     ("tensorrt", "tensorrt", "tensorrt", "engines for Jetson and data-center GPUs"),
     ("pycuda.driver", "pycuda", "tensorrt", "building and running them"),
 )
@@ -151,6 +153,7 @@ def describe_engine(engine: Engine) -> Rows:
         "labels": list(engine.labels),
         "metrics": dict(engine.metrics),
         "tools": dict(engine.tools),
+        "assets": [f"{name}, {len(data)} bytes" for name, data in engine.assets.items()],
         "source sha256": engine.source_sha256,
         "calibration sha256": engine.calibration_sha256,
     }

@@ -153,7 +153,7 @@ def rebuild(
             except GraphError as none:  # another tool quantized it
                 on_step(f"not timed: {none.what}")
     measured = {key: v for key, v in engine.metrics.items() if not key.startswith("p50_ms")}
-    result = replace(built, programs=programs, metrics=measured)
+    result = replace(built, programs=programs, metrics=measured, assets=engine.assets)
     if MAIN in programs and programs[MAIN].lowering_ms:
         measured["p50_ms"] = _p50(result)
     if twin_ms is not None:

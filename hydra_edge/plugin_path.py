@@ -22,7 +22,6 @@ from hydra_edge.ops.heads import Heads, Layer
 
 Array = npt.NDArray[np.generic]
 GROUPED = ("GroupedMatMul", "QuantizedGroupedMatMul", "WeightOnlyGroupedMatMul")
-_SUMMARIES = {"EnsembleSummary": "softmax", "GaussianSummary": "gaussian"}
 _HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _INT4 = np.dtype(ml_dtypes.int4)
 _BLOCKS = (32, 64, 128)
@@ -183,7 +182,7 @@ class _Taker(surgery.Writer):
         outputs = [out]
         reader = self.summary_of(out) if np.dtype(found.y_type) == np.float32 else None
         if reader is not None:
-            found = replace(found, summary=_SUMMARIES[reader.op])
+            found = replace(found, summary=heads.SUMMARY_OPS[reader.op])
             outputs += list(reader.outputs)
             reader.outputs.clear()
             reader.inputs.clear()
@@ -200,7 +199,9 @@ class _Taker(surgery.Writer):
         return None
 
     def summary_of(self, y: gs.Tensor) -> gs.Node | None:
-        return next((n for n in y.outputs if n.op in _SUMMARIES and n.domain == ops.DOMAIN), None)
+        return next(
+            (n for n in y.outputs if n.op in heads.SUMMARY_OPS and n.domain == ops.DOMAIN), None
+        )
 
     def detach(self, tensor: gs.Tensor) -> None:
         """Nobody writes ``tensor`` any more."""

@@ -14,7 +14,7 @@ from hydra_edge.ops import heads
 from hydra_edge.ops.heads import Heads, Layer
 
 Array = npt.NDArray[np.generic]
-_SUMMARIES = {"softmax": "EnsembleSummary", "gaussian": "GaussianSummary"}
+_OPS = {summary: op for op, summary in heads.SUMMARY_OPS.items()}
 
 
 def restore(graph: gs.Graph) -> None:
@@ -54,7 +54,7 @@ class _Restorer(surgery.Writer):
         self.node.inputs.clear()
         self.append("Cast", [h], [y], {"to": _code(heads_.y_type)})
         if summary:
-            self.append(_SUMMARIES[heads_.summary], [h], summary, {}, ops.DOMAIN)
+            self.append(_OPS[heads_.summary], [h], summary, {}, ops.DOMAIN)
 
     def multiplied(self, layer: Layer, h: gs.Tensor) -> gs.Tensor:
         column = layer.bias[:, None]

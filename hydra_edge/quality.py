@@ -86,7 +86,7 @@ def ask_all(
         label: {name: _ask(session, inputs) for name, inputs in datasets.items()}
         for label, session in sessions.items()
     }
-    declared = {label: _task_of(sessions[label], found) for label, found in asked.items()}
+    declared = {label: _task_of(session) for label, session in sessions.items()}
     common = next((task for task in declared.values() if task), None)
     return {label: _answers(declared[label] or common, found) for label, found in asked.items()}
 
@@ -133,7 +133,12 @@ def bin_reliability(session: str, answers: Answers, labels: Array | None) -> Rel
     if labels is None or answers.task is None or "mean_prob" not in summary:
         return None
     prob = np.asarray(summary["mean_prob"], np.float64)
-    confidence, right = prob.max(-1), prob.argmax(-1) == labels
+    best = prob.argmax(-1)
+    # What people agree on is a score for every answer, and then being right has degrees.
+    right = (
+        best == labels if labels.ndim == 1 else np.take_along_axis(labels, best[:, None], 1)[:, 0]
+    )
+    confidence = prob.max(-1)
     index = np.minimum((confidence * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
     groups = [index == i for i in range(_RELIABILITY_BINS) if (index == i).any()]
     bins = tuple(
@@ -174,14 +179,9 @@ def _ask(session: Session | EnsembleSession, inputs: Mapping[str, Array]) -> Pre
     return session.run(inputs, head_logits=True)
 
 
-def _task_of(
-    session: Session | EnsembleSession, predictions: Mapping[str, Prediction]
-) -> Task | None:
-    if isinstance(session, Session):
-        return tasks.find(session.engine.task) if session.engine.task else None
-    given = set(next(iter(predictions.values())))
-    found = [task for task in map(tasks.find, tasks.names()) if given.issuperset(task.outputs)]
-    return found[0] if found else None
+def _task_of(session: Session | EnsembleSession) -> Task | None:
+    name = session.engine.task if isinstance(session, Session) else session.task
+    return tasks.find(name) if name else None
 
 
 def _answers(task: Task | None, predictions: Mapping[str, Prediction]) -> Answers:

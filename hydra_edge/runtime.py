@@ -285,6 +285,7 @@ class EnsembleSession:
             )
         self.members = tuple(members)
         self.threads = members[0].threads
+        self.task = task
         self._task = tasks.find(task)
 
     @property

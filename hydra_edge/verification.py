@@ -325,7 +325,7 @@ def _summary_failures(
         error = np.abs(np.asarray(value, np.float64) - wanted)
         wrong = ~(error <= _summary_tolerance(name, expected))  # so that NaN is wrong
         if name == "variation_ratio":
-            wrong &= _votes_are_clear(logits, expected["mean_prob"])
+            wrong &= _votes_are_clear(logits, expected["mean_prob"], task)
         if wrong.any():
             worst = float(error[wrong].max())
             failures.append(f"{origin}: {wrong.mean():.1%} of it is wrong, by up to {worst:.3g}")
@@ -348,8 +348,11 @@ def _summary_tolerance(name: str, expected: Mapping[str, Float]) -> Float:
     return tolerance
 
 
-def _votes_are_clear(logits: Array, mean_prob: Float) -> npt.NDArray[np.bool_]:
+def _votes_are_clear(logits: Array, mean_prob: Float, task: Task) -> npt.NDArray[np.bool_]:
     """``[N]``: samples without a tie that rounding may break either way, which moves the votes."""
+    if task.summary_op == "SigmoidSummary":
+        close = np.abs(np.asarray(logits, np.float64)) <= 1e-6  # fp32 keeps 1e-7
+        return np.asarray(~close.any(axis=(0, 2)) & (np.abs(mean_prob - 0.5) > 1e-6).all(axis=-1))
 
     def clear(values: Float) -> npt.NDArray[np.bool_]:
         second, first = np.moveaxis(np.partition(values, -2, axis=-1)[..., -2:], -1, 0)
@@ -364,7 +367,8 @@ def _broken_head(logits: Array, task: Task) -> int | None:
     A logit of -inf masks its class, which is fine while another class is left: then the largest
     logit is finite. Means and log variances have no such use.
     """
-    finite = np.isfinite(logits.max(axis=-1) if task.name == "classification" else logits)
+    softmax = task.summary_op == "EnsembleSummary"
+    finite = np.isfinite(logits.max(axis=-1) if softmax else logits)
     healthy = finite.reshape(len(logits), -1).all(axis=1)
     return None if healthy.all() else int(np.argmin(healthy))
 

@@ -180,13 +180,16 @@ def test_hidden_activations_that_others_read_end_a_node() -> None:
     assert_same(lowered, graph, 1e-5)
 
 
-def test_gaussian_heads() -> None:
+@pytest.mark.parametrize(
+    ("task", "summary"), [("regression", "gaussian"), ("vqa_sigmoid", "sigmoid")]
+)
+def test_heads_of_other_tasks(task: str, summary: str) -> None:
     from hydra_edge.exporting import summarize
 
-    graph = summarize(mlp_heads(k=16, hidden=(8,), c=6), "regression", "logits")
+    graph = summarize(mlp_heads(k=16, hidden=(8,), c=6), task, "logits")
     lowered = lower(fused(graph, "int8"), PLUGIN)
     (node,) = nodes(lowered)
-    assert node.summary == "gaussian"
+    assert node.summary == summary
     assert_same(lowered, fused(graph, "int8"), 1e-5)
 
 

@@ -107,6 +107,18 @@ def test_reliability_bins_give_the_calibration_error() -> None:
     assert gaps / total == pytest.approx(TASK.metrics(LOGITS, TRUTH)["ece"], abs=1e-6)
 
 
+def test_scores_make_answers_right_by_degrees() -> None:
+    """Labels of one right answer each and their scores give one diagram; half scores half of it."""
+    whole = bin_reliability("a", answers(), TRUTH)
+    assert bin_reliability("a", answers(), np.eye(4)[TRUTH]) == whole
+    half = bin_reliability("a", answers(), 0.5 * np.eye(4)[TRUTH])
+    assert whole is not None
+    assert half is not None
+    for ours, theirs in zip(half.bins, whole.bins, strict=True):
+        assert ours.accuracy == pytest.approx(0.5 * theirs.accuracy)
+        assert ours.confidence == theirs.confidence
+
+
 def test_there_is_no_reliability_without_labels_or_classes() -> None:
     assert bin_reliability("a", answers(), None) is None
     assert bin_reliability("a", Answers(None, {}, {}), TRUTH) is None

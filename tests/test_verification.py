@@ -204,6 +204,26 @@ def test_ties_are_not_wrong_votes() -> None:
     assert verify(student(mirrored), student(mirrored), INPUTS).passed
 
 
+def test_sigmoid_heads_are_judged_by_their_own_summary() -> None:
+    graph = student(WEIGHTS, task="vqa_sigmoid")
+    result = verify(graph, graph, INPUTS, labels=np.eye(WEIGHTS.shape[-1])[np.arange(SAMPLES) % 2])
+    assert result.passed
+    assert result.metrics["accuracy"] == result.reference_metrics["accuracy"]
+    softmax = student(WEIGHTS, task="vqa")
+    model = onnx.ModelProto()
+    model.CopyFrom(softmax.model)
+    wrong = Graph(model, replace(softmax.metadata, task="vqa_sigmoid"))
+    failures = verify(wrong, graph, INPUTS).failures
+    assert any("model's mean_prob does not follow from its heads" in text for text in failures)
+
+
+def test_coins_of_one_half_are_not_wrong_votes() -> None:
+    """Two heads that mirror each other and one of 0 leave the mean to rounding."""
+    mirrored = np.stack([WEIGHTS[0], -WEIGHTS[0], 0 * WEIGHTS[0]])
+    graph = student(mirrored, task="vqa_sigmoid")
+    assert verify(graph, graph, INPUTS).passed
+
+
 def test_the_per_head_output_may_have_any_name(reference: Graph) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(reference.model)

@@ -8,6 +8,7 @@ what reading it can cost. Nothing is ever extracted to disk or unpickled.
     graphs/<name>.onnx                       the canonical fused graph the program was lowered from
     golden/<name>/inputs/<tensor index>.npy  one recorded batch …
     golden/<name>/outputs/<tensor index>.npy … and what the canonical graph answered
+    assets/<name>                            files that whoever asks it needs, e.g. a tokenizer
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy.typing as npt
 
 from hydra_edge.artifacts.files import NPY_HEADER_ERRORS, read_bytes, sha256, write_atomic
 from hydra_edge.artifacts.graph import Graph, Json, TensorSpec
-from hydra_edge.errors import ArtifactError, HydraError
+from hydra_edge.errors import ArtifactError, HydraError, InputError
 
 Array = npt.NDArray[np.generic]
 _T = TypeVar("_T")
@@ -37,6 +38,8 @@ MANIFEST = "manifest.json"
 BUILD_OPTIONS = "build_options"  # among a program's facts
 MAIN = "main"  # the program a plain `run` means
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_ASSET = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
+_ASSETS = "assets/"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's oldest date: equal engines give equal bytes
 
 
@@ -114,6 +117,10 @@ class Engine:
         metrics: Figures measured at compile time, by name.
         tools: Versions of the libraries that built it.
         programs: Programs by name. A classifier has one, called ``main``.
+        assets: Files by name that whoever asks the engine needs, such as ``tokenizer.json``.
+
+    Raises:
+        InputError: An asset has a name that is none of a file.
     """
 
     target: str
@@ -128,6 +135,16 @@ class Engine:
     metrics: Mapping[str, float]
     tools: Mapping[str, str]
     programs: Mapping[str, Program]
+    assets: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.assets:
+            if not _ASSET.fullmatch(name):
+                raise InputError(
+                    f"An asset is called '{name}'.",
+                    "It becomes a member of the engine file.",
+                    "Use lower-case letters, digits and underscores, e.g. 'tokenizer.json'.",
+                )
 
     @property
     def is_built(self) -> bool:
@@ -146,7 +163,7 @@ class Engine:
 
     def to_bytes(self) -> bytes:
         """The ``.hydra`` file: the same engine always gives the same bytes."""
-        members: dict[str, bytes] = {}
+        members = {f"{_ASSETS}{name}": data for name, data in self.assets.items()}
         for name, program in self.programs.items():
             members[f"programs/{name}.bin"] = program.payload
             members[f"graphs/{name}.onnx"] = program.graph.data
@@ -274,6 +291,7 @@ class _Reader:
                 metrics={str(k): float(v) for k, v in manifest["metrics"].items()},
                 tools={str(k): str(v) for k, v in manifest["tools"].items()},
                 programs=programs,
+                assets=self._assets(),
             )
         except HydraError:
             raise
@@ -282,6 +300,17 @@ class _Reader:
             *NPY_HEADER_ERRORS,
         ) as exc:
             self.refuse(f"Its manifest is not complete: {exc!r}.")
+
+    def _assets(self) -> dict[str, bytes]:
+        found = {
+            name.removeprefix(_ASSETS): data
+            for name, data in self.members.items()
+            if name.startswith(_ASSETS)
+        }
+        for name in found:
+            if not _ASSET.fullmatch(name):
+                self.refuse(f"'{name}' is not the name of an asset.")
+        return found
 
     def _check_digests(self, digests: Mapping[str, str]) -> None:
         present = set(self.members) - {MANIFEST}

@@ -87,6 +87,10 @@ def compile_(
     dla_core: Annotated[
         int | None, typer.Option(help="TensorRT: use this deep-learning accelerator, too.")
     ] = None,
+    asset: Annotated[
+        list[str] | None,
+        typer.Option(help="Store a file in the engine: NAME=FILE; may be repeated."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Quantize (if asked), fuse, lower, build and verify: from an ONNX file to an engine."""
@@ -116,6 +120,7 @@ def compile_(
         progress=not as_json,
     )
     lowering = _QDQ if no_plugin else lowering
+    assets = _assets(asset or [])
     if target is not None and target.partition("@")[0] == targets.LOCAL:
         terminal.show_step(f"local is {detection.detect().found}")
     if file.suffix == ".hydra":
@@ -158,6 +163,7 @@ def compile_(
             labels=labels,
             on_step=terminal.show_step,
         )
+    engine = replace(engine, assets={**engine.assets, **assets})
     engine.save(output)
     terminal.show(inspection.describe_engine(engine), as_json, title=f"wrote {output}")
     if not as_json:
@@ -182,6 +188,22 @@ def refit(
     found.engine.save(output)
     rows = {f"replaced in {name}": list(names) for name, names in found.changed.items()}
     terminal.show(rows, as_json, title=f"wrote {output}")
+
+
+def _assets(given: list[str]) -> dict[str, bytes]:
+    from hydra_edge.artifacts.files import read_bytes
+
+    found = {}
+    for item in given:
+        name, _, file = item.partition("=")
+        if not file:
+            raise UsageError(
+                f"'{item}' names no file.",
+                "--asset takes NAME=FILE.",
+                "Write e.g. --asset tokenizer.json=tokenizer.json.",
+            )
+        found[name] = read_bytes(file, "a file to store in the engine")
+    return found
 
 
 def _require_none_of(given: list[str]) -> None:

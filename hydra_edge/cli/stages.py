@@ -27,9 +27,10 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path(
         "demo"
     ),
+    task: Annotated[str, typer.Option(help="classification or vqa.")] = "classification",
     as_json: JsonFlag = False,
 ) -> None:
-    """Tell the whole story on real data: train, distil, quantize, fuse, compile, compare."""
+    """Tell the whole story: train, distil, quantize, fuse, compile, compare."""
     from hydra_edge.errors import require
 
     for module in ("torch", "accelerate", "safetensors", "onnxscript", "sklearn", "torchmetrics"):
@@ -37,7 +38,7 @@ def demo(
     require("matplotlib", "demo")
     from hydra_edge.demo import run_demo
 
-    report = run_demo(output, console=terminal.console_on())
+    report = run_demo(output, terminal.console_on(), task)
     if as_json:
         typer.echo(report.to_json())
 
@@ -311,13 +312,33 @@ def bench(
 @verb
 def run(
     engine: Path,
-    inputs: Annotated[Path, typer.Argument(help="Inputs: .npy, or .npz by input name.")],
+    inputs: Annotated[
+        Path, typer.Argument(help="Inputs: .npy, or .npz by input name; with --question an image.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz to write.")] = None,
     head_logits: Annotated[bool, typer.Option(help="Every head's raw output too.")] = False,
+    question: Annotated[
+        str | None, typer.Option(help="Ask this about the image, and answer in words.")
+    ] = None,
+    defer: Annotated[
+        str | None,
+        typer.Option(help="With --question: when to ask somebody else, NAME=LIMIT."),
+    ] = None,
     threads: Threads = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Predict, with uncertainty."""
+    if question is not None:
+        if output is not None or head_logits:
+            raise UsageError(
+                "--output or --head-logits was given with --question.",
+                "A question is answered in words.",
+                "Use --json, or pass the tokens in an .npz file.",
+            )
+        from hydra_edge.cli import asking
+
+        asking.ask(engine, inputs, question, defer, threads, as_json)
+        return
     import io
 
     import numpy as np

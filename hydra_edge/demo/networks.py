@@ -52,16 +52,21 @@ def student() -> Hydra:
     return Hydra(body(), heads, task="classification", labels=LABELS)
 
 
+def untrained_member(seed: int) -> nn.Module:
+    """A member with initial weights of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return member().train()
+
+
 def train_member(
     images: Images,
     labels: npt.NDArray[np.int64],
     seed: int,
+    model: nn.Module,
     on_epoch: Callable[[], None],
 ) -> nn.Module:
-    """Train one member with its own initial weights, shuffling and augmentation."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = member().train()
+    """Train one member with its own shuffling and augmentation."""
     painter = Painter(seed)
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, weight_decay=1e-2)

@@ -1,4 +1,4 @@
-"""`EnsembleSummary` and `GaussianSummary`: from what M heads say to one answer and its uncertainty.
+"""From what M heads say to one answer and its uncertainty: one op per kind of head.
 
     EnsembleSummary  logits [M, B, C] -> mean_prob [B, C], predictive_entropy [B],
                      expected_entropy [B], mutual_information [B], variation_ratio [B]
@@ -6,6 +6,9 @@
         predictive_entropy = H(mean_prob)            expected_entropy   = mean_m H(p_m)
         mutual_information = max(0, difference)      variation_ratio    = share of heads whose
                                                                           argmax is not mean_prob's
+    SigmoidSummary   logits [M, B, C] -> the same five: C answers that are each right or wrong
+        p_m = sigmoid(logits_m)     H(p) = - sum_c p log p + (1 - p) log(1 - p)
+        variation_ratio = share of (head, answer) whose p > 0.5 is not that of mean_prob
     GaussianSummary  params [M, B, 2D] = (mean, log variance) -> mean, aleatoric_variance,
                      epistemic_variance, each [B, D]
         law of total variance: aleatoric = mean_m exp(log variance_m), epistemic = var_m mean_m
@@ -70,6 +73,70 @@ EnsembleSummary (logits) =>
     variation_ratio = Sub (one, agreement)
 }
 """,
+    # The entropy of a coin with the log odds l is log(1 + e^-|l|) + |l| e^-|l| / (1 + e^-|l|): it
+    # keeps what 1 - p loses where p is small, as it is for most answers. From |l| = 100 it is 0.
+    # ONNX Runtime's Sigmoid is 0 from l = -18 on, so p is written out; and mutual information is
+    # summed answer by answer, because both entropies are sums of thousands of terms.
+    "SigmoidSummary": """
+SigmoidSummary (logits) =>
+    (mean_prob, predictive_entropy, expected_entropy, mutual_information, variation_ratio)
+{
+    heads = Constant <value_ints: ints = [0]> ()
+    classes = Constant <value_ints: ints = [-1]> ()
+    votes = Constant <value_ints: ints = [0, -1]> ()
+    zero = Constant <value: tensor = float {0.0}> ()
+    one = Constant <value: tensor = float {1.0}> ()
+    half = Constant <value: tensor = float {0.5}> ()
+    tiny = Constant <value: tensor = float {1.2e-38}> ()
+    most = Constant <value: tensor = float {100.0}> ()
+    logits32 = Cast <to: int = 1> (logits)
+    opposite = Neg (logits32)
+    p_odds = Exp (opposite)
+    p_total = Add (one, p_odds)
+    p = Reciprocal (p_total)
+    mean_prob = ReduceMean <keepdims: int = 0> (p, heads)
+
+    size = Abs (logits32)
+    a = Min (size, most)
+    a_negative = Neg (a)
+    a_log = Softplus (a_negative)
+    a_odds = Exp (a_negative)
+    a_total = Add (one, a_odds)
+    a_small = Div (a_odds, a_total)
+    a_rest = Mul (a, a_small)
+    coins = Add (a_log, a_rest)
+    coins_mean = ReduceMean <keepdims: int = 0> (coins, heads)
+    expected_entropy = ReduceSum <keepdims: int = 0> (coins_mean, classes)
+
+    q_odds = Exp (logits32)
+    q_total = Add (one, q_odds)
+    q = Reciprocal (q_total)
+    mean_rest = ReduceMean <keepdims: int = 0> (q, heads)
+    mean_safe = Max (mean_prob, tiny)
+    rest_safe = Max (mean_rest, tiny)
+    mean_log = Log (mean_safe)
+    rest_log = Log (rest_safe)
+    mean_odds = Sub (mean_log, rest_log)
+    b = Abs (mean_odds)
+    b_negative = Neg (b)
+    b_log = Softplus (b_negative)
+    b_odds = Exp (b_negative)
+    b_total = Add (one, b_odds)
+    b_small = Div (b_odds, b_total)
+    b_rest = Mul (b, b_small)
+    mean_coins = Add (b_log, b_rest)
+    predictive_entropy = ReduceSum <keepdims: int = 0> (mean_coins, classes)
+    differences = Sub (mean_coins, coins_mean)
+    difference = ReduceSum <keepdims: int = 0> (differences, classes)
+    mutual_information = Max (difference, zero)
+
+    yes = Greater (logits32, zero)
+    mean_yes = Greater (mean_prob, half)
+    differs = Xor (yes, mean_yes)
+    differs32 = Cast <to: int = 1> (differs)
+    variation_ratio = ReduceMean <keepdims: int = 0> (differs32, votes)
+}
+""",
     "GaussianSummary": """
 GaussianSummary (params) => (mean, aleatoric_variance, epistemic_variance)
 {
@@ -119,6 +186,43 @@ def reference_classification(logits: npt.ArrayLike) -> dict[str, Float]:
         "expected_entropy": expected,
         "mutual_information": np.maximum(predictive - expected, 0.0),
         "variation_ratio": 1.0 - agreement,
+    }
+
+
+def sigmoid(logits: npt.ArrayLike) -> Float:
+    """Logistic function, in float64; no logit overflows."""
+    values = np.asarray(logits, np.float64)
+    small = np.exp(-np.abs(values))
+    return np.asarray(np.where(values > 0, 1.0, small) / (1 + small))
+
+
+def coin_entropy(logits: npt.ArrayLike) -> Float:
+    """Entropy in nats of a coin with these log odds, element by element."""
+    size = np.minimum(np.abs(np.asarray(logits, np.float64)), 700.0)  # where e^-size is 1e-304
+    small = np.exp(-size)
+    return np.asarray(np.log1p(small) + size * small / (1 + small))
+
+
+def reference_sigmoid(logits: npt.ArrayLike) -> dict[str, Float]:
+    """`SigmoidSummary` in numpy float64.
+
+    Args:
+        logits: ``[M, B, C]``.
+
+    Returns:
+        The five outputs by name; entropies are sums over the C answers.
+    """
+    values = np.asarray(logits, np.float64)
+    mean_prob = sigmoid(values).mean(0)
+    with np.errstate(divide="ignore"):
+        odds = np.log(mean_prob) - np.log(sigmoid(-values).mean(0))
+    predictive, expected = coin_entropy(odds).sum(-1), coin_entropy(values).sum(-1).mean(0)
+    return {
+        "mean_prob": mean_prob,
+        "predictive_entropy": predictive,
+        "expected_entropy": expected,
+        "mutual_information": np.maximum(predictive - expected, 0.0),
+        "variation_ratio": ((values > 0) != (mean_prob > 0.5)).mean((0, 2)),
     }
 
 

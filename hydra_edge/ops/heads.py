@@ -36,6 +36,7 @@ from hydra_edge.ops.ensemble_summary import (
     GAUSSIAN_OUTPUTS,
     reference_classification,
     reference_gaussian,
+    reference_sigmoid,
 )
 
 Array = npt.NDArray[np.generic]
@@ -49,7 +50,18 @@ TYPES = tuple(
     np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, np.int8, ml_dtypes.int4)
 )
 _INT8, _INT4 = TYPES[3:]
-_OUTPUTS = {"none": (), "softmax": CLASSIFICATION_OUTPUTS, "gaussian": GAUSSIAN_OUTPUTS}
+# What the kernels call the summary ops of `hydra_edge.ops.ensemble_summary`.
+SUMMARY_OPS = {
+    "EnsembleSummary": "softmax",
+    "SigmoidSummary": "sigmoid",
+    "GaussianSummary": "gaussian",
+}
+_OUTPUTS = {
+    "none": (),
+    "softmax": CLASSIFICATION_OUTPUTS,
+    "sigmoid": CLASSIFICATION_OUTPUTS,
+    "gaussian": GAUSSIAN_OUTPUTS,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +226,8 @@ class Heads:
         found = {"y": h}
         if self.summary == "softmax":
             found |= reference_classification(h)
+        elif self.summary == "sigmoid":
+            found |= reference_sigmoid(h)
         elif self.summary == "gaussian":
             found |= reference_gaussian(h)
         return found

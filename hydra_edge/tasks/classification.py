@@ -65,7 +65,7 @@ class Classification:
 
         Source of ``ece``: Guo et al. 2017, arXiv 1706.04599, eq. 3.
         """
-        values = _check_logits(logits)
+        values = check_logits(logits)
         classes = values.shape[-1]
         truth = _check_target(target, values.shape[1], classes)
         sklearn = require("sklearn.metrics", "metrics")
@@ -110,7 +110,7 @@ class Classification:
         Raises:
             InputError: The shapes do not fit, or a logit is NaN.
         """
-        values, base = _check_logits(logits), _check_logits(reference)
+        values, base = check_logits(logits), check_logits(reference)
         if values.shape[1:] != base.shape[1:]:
             raise InputError(
                 f"The logits are {list(values.shape)} but the reference is {list(base.shape)}.",
@@ -240,7 +240,12 @@ def _divergence(student: torch.Tensor, prob: torch.Tensor, temperature: float) -
     return terms.sum(-1).mean() * temperature**2
 
 
-def _check_logits(logits: npt.ArrayLike) -> Float:
+def check_logits(logits: npt.ArrayLike) -> Float:
+    """The logits ``[M, B, C]`` in float64; of -inf is made a probability of 0.
+
+    Raises:
+        InputError: They have another shape, or a NaN or +inf.
+    """
     values = np.asarray(logits, np.float64)
     if values.ndim != 3 or 0 in values.shape or values.shape[-1] < 2:
         raise InputError(

@@ -16,7 +16,7 @@ from onnx_models import tiny_engine
 
 from hydra_edge.artifacts.engine import MANIFEST, Engine, Golden, Program
 from hydra_edge.artifacts.graph import TensorSpec
-from hydra_edge.errors import ArtifactError
+from hydra_edge.errors import ArtifactError, InputError
 
 ENGINE = tiny_engine()
 DATA = ENGINE.to_bytes()
@@ -120,6 +120,31 @@ def test_several_programs_round_trip(tmp_path: Path) -> None:
     program = ENGINE.programs["main"]
     engine = replace(ENGINE, programs={"encode": program, "main": program, "step": program})
     assert sorted(read(tmp_path, engine.to_bytes()).programs) == ["encode", "main", "step"]
+
+
+def test_assets_round_trip_and_are_digested(tmp_path: Path) -> None:
+    engine = replace(ENGINE, assets={"tokenizer.json": b"{}", "words": b"\x00\xff"})
+    data = engine.to_bytes()
+    assert read(tmp_path, data).assets == engine.assets
+    assert read(tmp_path, DATA).assets == {}
+    assert "assets/words" in json.loads(members_of(data)[MANIFEST])["members"]
+    at = data.index(b"\x00\xff", data.index(b"assets/words"))
+    damaged = bytearray(data)
+    damaged[at] = 1
+    with pytest.raises(ArtifactError):
+        read(tmp_path, bytes(damaged))
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "A.json", ".x", "x.", "x..y"])
+def test_assets_with_odd_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="An asset is called"):
+        replace(ENGINE, assets={name: b""})
+
+    def add(members: dict[str, bytes], _: dict[str, object]) -> None:
+        members[f"assets/{name}"] = b""
+
+    with pytest.raises(ArtifactError, match="not a usable"):
+        read(tmp_path, forged(add))
 
 
 def test_any_zip_tool_opens_it() -> None:

@@ -17,9 +17,12 @@ import numpy as np
 
 from hydra_edge.kernels import INT4, MAX_LAYERS, ChainConfig, LinearConfig, SummaryConfig
 from hydra_edge.ops import heads, packing
-from hydra_edge.ops.ensemble_summary import reference_classification, reference_gaussian
+from hydra_edge.ops.ensemble_summary import (
+    reference_classification,
+    reference_gaussian,
+    reference_sigmoid,
+)
 from kernels.emulation import Array
-from kernels.test_ensemble_summary import reference_sigmoid
 from kernels.test_group_linear import DTYPES, VARIANTS
 
 NAMES = {

@@ -20,31 +20,12 @@ from hydra_edge.ops.ensemble_summary import (
     GAUSSIAN_OUTPUTS,
     reference_classification,
     reference_gaussian,
+    reference_sigmoid,
 )
 from kernels.emulation import INPUT, OUTPUT, Array, Machine
 
 SOFTMAX, SIGMOID, GAUSSIAN = 1, 2, 3
 DTYPES = {FLOAT32: np.float32, FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
-
-
-def reference_sigmoid(logits: Array) -> dict[str, Array]:
-    values = logits.astype(np.float64)
-    p = 1 / (1 + np.exp(-values))
-    mean = p.mean(0)
-
-    def entropy(p: Array) -> Array:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            terms = p * np.log(p) + (1 - p) * np.log1p(-p)
-        return -np.where((p > 0) & (p < 1), terms, 0).sum(-1)
-
-    predictive, expected = entropy(mean), entropy(p).mean(0)
-    return {
-        "mean_prob": mean,
-        "predictive_entropy": predictive,
-        "expected_entropy": expected,
-        "mutual_information": np.maximum(predictive - expected, 0),
-        "variation_ratio": ((p > 0.5) != (mean > 0.5)).mean((0, 2)),
-    }
 
 
 REFERENCES = {

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from scipy import special
 
 from hydra_edge import ops
 from hydra_edge.backends.onnxruntime import evaluate
@@ -17,10 +18,16 @@ from hydra_edge.ops.ensemble_summary import (
     entropy,
     reference_classification,
     reference_gaussian,
+    reference_sigmoid,
+    sigmoid,
     softmax,
 )
 
-OUTPUTS = {"EnsembleSummary": CLASSIFICATION_OUTPUTS, "GaussianSummary": GAUSSIAN_OUTPUTS}
+OUTPUTS = {
+    "EnsembleSummary": CLASSIFICATION_OUTPUTS,
+    "SigmoidSummary": CLASSIFICATION_OUTPUTS,
+    "GaussianSummary": GAUSSIAN_OUTPUTS,
+}
 TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
@@ -125,6 +132,67 @@ def test_mutual_information_of_equal_heads_is_never_negative(
 def test_half_precision_logits_are_summarized_in_fp32() -> None:
     logits = np.random.default_rng(0).standard_normal((3, 4, 500)).astype(np.float16)
     check(run("EnsembleSummary", logits), logits)
+
+
+def check_sigmoid(found: dict[str, np.ndarray], logits: np.ndarray) -> None:
+    """Equal to scipy's entropies of float64 probabilities, and to the reference."""
+    values = logits.astype(np.float64)
+    p, q = special.expit(values), special.expit(-values)
+    mean, rest = p.mean(0), q.mean(0)
+    predictive = (special.entr(mean) + special.entr(rest)).sum(-1)
+    expected = (special.entr(p) + special.entr(q)).sum(-1).mean(0)
+    reference = reference_sigmoid(logits)
+    np.testing.assert_allclose(reference["mean_prob"], mean, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(reference["predictive_entropy"], predictive, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(reference["expected_entropy"], expected, rtol=1e-9, atol=1e-12)
+    assert list(found) == list(reference)
+    # The entropies sum C terms of up to log 2, of which fp32 keeps 1e-7 each.
+    rounding = 1e-6 * (1 + logits.shape[-1] ** 0.5)
+    for name, array in found.items():
+        assert array.dtype == np.float32
+        assert array.shape == reference[name].shape
+        np.testing.assert_allclose(array, reference[name], rtol=1e-5, atol=rounding, err_msg=name)
+    assert np.all(found["mutual_information"] >= 0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 2, 3129)])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_sigmoid(shape: tuple[int, int, int], scale: float) -> None:
+    logits = (np.random.default_rng(0).standard_normal(shape) * scale).astype(np.float32)
+    check_sigmoid(run("SigmoidSummary", logits), logits)
+
+
+def test_unlikely_answers_keep_their_entropy() -> None:
+    """3129 answers of e^-20 each: 1 - p rounds to 1 in fp32, and their entropy is not 0."""
+    logits = np.full((4, 1, 3129), -20.0, np.float32)
+    found = run("SigmoidSummary", logits)
+    exact = 3129 * (special.entr(special.expit(-20.0)) + special.entr(special.expit(20.0)))
+    assert found["predictive_entropy"].item() == pytest.approx(exact, rel=1e-4)
+    assert found["expected_entropy"].item() == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("row", [[300.0, -300.0, 0.0], [-np.inf, np.inf, 1.0], [3e38, -3e38, 0.0]])
+def test_extreme_logits_of_sigmoids_stay_finite(row: list[float]) -> None:
+    logits = np.float32([[row], [[0.0, 1.0, 2.0]]])
+    found = run("SigmoidSummary", logits)
+    assert all(np.isfinite(array).all() for array in found.values())
+    check_sigmoid(found, logits)
+    assert np.isfinite(sigmoid(row)).all()
+
+
+def test_sigmoids_vote_answer_by_answer() -> None:
+    # Mean probabilities .5 up and .1 down: one of three heads is against the first, none the other.
+    logits = np.float32([[[9, -2]], [[9, -3]], [[-1, -2]]])
+    assert run("SigmoidSummary", logits)["variation_ratio"].item() == pytest.approx(1 / 6)
+    opposite = np.float32([[[300]], [[-300]]])
+    found = run("SigmoidSummary", opposite)
+    assert found["mutual_information"].item() == pytest.approx(np.log(2), abs=1e-6)
+    assert found["expected_entropy"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_half_precision_logits_of_sigmoids_are_summarized_in_fp32() -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 4, 500)).astype(np.float16)
+    check_sigmoid(run("SigmoidSummary", logits), logits)
 
 
 def test_votes_are_against_the_winner_of_the_mean() -> None:

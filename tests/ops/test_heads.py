@@ -59,7 +59,13 @@ def variants() -> dict[str, Heads]:
         "w8a16": Heads(
             (layer(40, 20, np.int8, scale=scales(M, 20)),), np.float16, False, summary="gaussian"
         ),
-        "w4a16": Heads((layer(40, 20, ml_dtypes.int4, **int4),), np.float16, False, group=32),
+        "w4a16": Heads(
+            (layer(40, 20, ml_dtypes.int4, **int4),),
+            np.float16,
+            False,
+            group=32,
+            summary="sigmoid",
+        ),
     }
 
 
