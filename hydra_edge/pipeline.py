@@ -150,9 +150,7 @@ def _rebuilt(
     fused, unfused = (graph, None) if has_heads(graph) else (fuse(graph), graph)
     how = options or kept_options(engine, program, target)
     on_step(f"compile {name} for {target}")
-    built = compile(
-        fused, target, options=how, golden=program.golden.inputs, unfused=unfused
-    )
+    built = compile(fused, target, options=how, golden=program.golden.inputs, unfused=unfused)
     if not built.is_built:
         raise DeviceMismatchError(
             f"An engine for {built.target} cannot be built on this machine.",

@@ -297,9 +297,7 @@ class SessionProgram:
         """See `Session.run`."""
         return self.session.run(inputs, head_logits=head_logits, program=self.name)
 
-    def run_on_device(
-        self, inputs: object, *, head_logits: bool = False
-    ) -> dict[str, DeviceArray]:
+    def run_on_device(self, inputs: object, *, head_logits: bool = False) -> dict[str, DeviceArray]:
         """See `Session.run_on_device`."""
         return self.session.run_on_device(inputs, head_logits=head_logits, program=self.name)
 

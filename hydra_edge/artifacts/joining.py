@@ -60,7 +60,9 @@ def join(engines: Mapping[str, Engine]) -> Engine:
         precision=first.precision if same else _listed(precisions),
         source_sha256=_digest({name: engine.source_sha256 for name, engine in engines.items()}),
         calibration_sha256=_digest(calibrations) if calibrations else None,
-        metrics={f"{n}.{key}": value for n, e in engines.items() for key, value in e.metrics.items()},
+        metrics={
+            f"{n}.{key}": value for n, e in engines.items() for key, value in e.metrics.items()
+        },
         tools={key: value for engine in engines.values() for key, value in engine.tools.items()},
         programs=programs,
     )

@@ -37,7 +37,11 @@ class Caption:
 
 
 def decode(
-    model: CaptionModel, states: Sequence[npt.NDArray[Any]], *, beam: int = 1, words: int = MAX_WORDS
+    model: CaptionModel,
+    states: Sequence[npt.NDArray[Any]],
+    *,
+    beam: int = 1,
+    words: int = MAX_WORDS,
 ) -> list[Caption]:
     """The likeliest captions that greedy (``beam=1``) or beam search finds.
 
@@ -125,8 +129,8 @@ def _log(said: Said, ended: npt.NDArray[np.bool_]) -> Float:
 def _best(options: Float, beam: int) -> npt.NDArray[np.int64]:
     """Indices of the ``beam`` largest of each row, the largest first; of equal ones the first."""
     if beam == 1:
-        return options.argmax(1)[:, None]
-    return np.argsort(-options, axis=1, kind="stable")[:, :beam]
+        return np.asarray(options.argmax(1)[:, None])
+    return np.asarray(np.argsort(-options, axis=1, kind="stable")[:, :beam])
 
 
 def _caption(spoken: npt.NDArray[np.int64], doubts: Float, score: float) -> Caption:

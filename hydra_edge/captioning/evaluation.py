@@ -117,9 +117,9 @@ def judge(found: Sequence[Sequence[Described]], scenes: Sequence[Scene]) -> Capt
 def meteor(caption: str, references: Sequence[str]) -> float:
     """METEOR of a caption, the best over its references, in 0..1.
 
-    It is that of NLTK, with its parameters, Banerjee and Lavie's. Words match if they or their stems
-    are equal; synonyms would need WordNet's data, which is no library. DenseCap's own figures are of
-    METEOR 1.5, which weighs words otherwise and knows paraphrases: do not compare with them.
+    It is that of NLTK, with its parameters. Words match if they or their stems are equal; synonyms
+    would need WordNet's data, which is no library. DenseCap's own figures are of METEOR 1.5, which
+    weighs words otherwise and knows paraphrases: do not compare with them.
 
     Args:
         caption: Words with spaces between them.
@@ -211,9 +211,7 @@ def _merged(scene: Scene) -> tuple[Float, list[list[str]]]:
     return np.stack(boxes), captions
 
 
-def _matched(
-    regions: Sequence[Described], boxes: Float, captions: list[list[str]]
-) -> list[_Match]:
+def _matched(regions: Sequence[Described], boxes: Float, captions: list[list[str]]) -> list[_Match]:
     if not regions:
         return []
     if not len(boxes):

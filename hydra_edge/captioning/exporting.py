@@ -1,8 +1,8 @@
 """`export_captioner`: a captioning network as the graphs of an engine's programs.
 
-    encode:  image [B, 3, H, W] -> boxes, scores, score_mi, box_spread, state [B, N, S]
-    step:    word [R], state [R, S] -> the summary of M vocabulary heads, next_state [R, S]
-    reorder: state [R, S], row [R] -> picked [R, S]
+encode:  image [B, 3, H, W] -> boxes, scores, score_mi, box_spread, state [B, N, S]
+step:    word [R], state [R, S] -> the summary of M vocabulary heads, next_state [R, S]
+reorder: state [R, S], row [R] -> picked [R, S]
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
     known: CaptionNetwork = network  # type: ignore[assignment]
     kind = "student" if known.head_count > 1 else "member"
     kind = "ensemble" if isinstance(network, CaptionEnsemble) else kind
-    encode = export(_Encode(network), image, input_names=[IMAGE], output_names=[*BOX_OUTPUTS, STATE])
+    encode = export(
+        _Encode(network), image, input_names=[IMAGE], output_names=[*BOX_OUTPUTS, STATE]
+    )
     width = encode.outputs[-1].shape[-1]
     assert isinstance(width, int)
     rows = (np.zeros(2, np.int64), np.zeros((2, width), np.float32))
@@ -49,9 +51,7 @@ def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
         _Step(network), rows, input_names=[WORD, STATE], output_names=[LOGITS, NEXT_STATE]
     )
     step = summarize(step, TASK, LOGITS, labels=known.vocabulary, keep=[NEXT_STATE])
-    reorder = export(
-        _Reorder(), rows[::-1], input_names=[STATE, ROW], output_names=[PICKED]
-    )
+    reorder = export(_Reorder(), rows[::-1], input_names=[STATE, ROW], output_names=[PICKED])
     graphs = {ENCODE: encode, STEP: step, REORDER: reorder}
     return {
         name: graph.derive(graph.model, f"program:{name}", task=TASK, kind=kind)

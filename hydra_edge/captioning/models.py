@@ -142,12 +142,11 @@ class EngineModel:
         """See `CaptionModel.step`."""
         feeds = {"word": words, "state": state}
         outputs: dict[str, Any] = (
-            self._step.run_on_device(feeds)
-            if self._step.on_device
-            else dict(self._step.run(feeds))
+            self._step.run_on_device(feeds) if self._step.on_device else dict(self._step.run(feeds))
         )
         wanted = ("mean_prob", "predictive_entropy", "expected_entropy", "mutual_information")
-        return Said(*(_floats(outputs[name]) for name in wanted), outputs["next_state"])
+        mean, total, expected, mutual = (_floats(outputs[name]) for name in wanted)
+        return Said(mean, total, expected, mutual, outputs["next_state"])
 
     def reorder(self, state: State, rows: Rows) -> State:
         """See `CaptionModel.reorder`."""

@@ -71,7 +71,8 @@ class Captioner(nn.Module):
         self.body = body
         self.box_heads = nn.ModuleList(nn.Conv2d(features, 5, 1) for _ in range(heads))
         for head in self.box_heads:
-            assert isinstance(head, nn.Conv2d) and head.bias is not None
+            assert isinstance(head, nn.Conv2d)
+            assert head.bias is not None
             nn.init.constant_(head.bias, -2.0)  # most cells hold nothing
         self.start = nn.Linear(features, hidden)
         self.embedding = nn.Embedding(len(self.vocabulary), embedding)
@@ -168,9 +169,9 @@ def summarize_votes(votes: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
     Returns:
         ``boxes [B, N, 4]``, the mean over heads, each weighted by its probability of an object;
-        ``scores [B, N]``, the mean probability of an object; ``score_mi [B, N]`` in nats, the heads'
-        disagreement on that; ``box_spread [B, N]``, the standard deviation of a side over heads as
-        a fraction of the image.
+        ``scores [B, N]``, the mean probability of an object; ``score_mi [B, N]``, how much heads
+        disagree on that, in nats; ``box_spread [B, N]``, the standard deviation of a side over
+        heads, as a fraction of the image.
     """
     probability = torch.sigmoid(votes[..., 0])
     boxes = boxes_of(votes)

@@ -79,14 +79,10 @@ def draw_transfer(count: int, seed: int) -> Image:
     """
     rng = np.random.default_rng(seed)
     kinds = (((0.0, 0.12), 0.05), ((0.05, 0.3), 0.1), ((0.0, 0.2), 0.25), ((0.0, 0.12), 0.05))
-    return np.stack(
-        [_scene(rng, *kinds[index % len(kinds)], "").image for index in range(count)]
-    )
+    return np.stack([_scene(rng, *kinds[index % len(kinds)], "").image for index in range(count)])
 
 
-def _scene(
-    rng: np.random.Generator, noise: tuple[float, float], mixing: float, name: str
-) -> Scene:
+def _scene(rng: np.random.Generator, noise: tuple[float, float], mixing: float, name: str) -> Scene:
     wanted = int(rng.integers(1, _MOST + 1))
     placed: list[tuple[float, float, float]] = []
     for _ in range(40):
