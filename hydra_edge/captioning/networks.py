@@ -7,6 +7,8 @@ one further, for any number R of regions:
     encode: images [B, 3, H, W]                -> votes [M, B, N, 5], states [B, N, S]
     step:   words [R] (int64), states [R, S]   -> logits [M, R, V], states [R, S]
 
+``speak`` is ``step`` along whole captions, for training.
+
 A state holds what the decoder remembers and what it sees, so that nothing else has to be kept. All
 M heads of a student share one state; an ensemble's holds those of its members, side by side.
 """
@@ -18,6 +20,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from hydra_edge.ensembles import linear_heads, mlp_heads
 from hydra_edge.errors import InputError
@@ -38,6 +41,27 @@ class CaptionNetwork(Protocol):
     def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[M, R, V]`` and states ``[R, S]``."""
         ...
+
+    def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Logits ``[M, R, T, V]`` along words ``[R, T]``."""
+        ...
+
+
+class _Recurrence(nn.GRU):
+    """A gated recurrent unit whose single step is made of plain matmuls, as an engine likes them.
+
+    Source: Cho et al. 2014, arXiv 1406.1078, in the form that torch documents for GRUCell.
+    """
+
+    def step(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """From ``x [R, K]`` and ``memory [R, H]`` to the next memory."""
+        into, over, into_bias, over_bias = self.all_weights[0]
+        given = functional.linear(x, into, into_bias).chunk(3, -1)
+        known = functional.linear(memory, over, over_bias).chunk(3, -1)
+        reset = torch.sigmoid(given[0] + known[0])
+        kept = torch.sigmoid(given[1] + known[1])
+        fresh = torch.tanh(given[2] + reset * known[2])
+        return fresh + kept * (memory - fresh)
 
 
 class Captioner(nn.Module):
@@ -76,7 +100,7 @@ class Captioner(nn.Module):
             nn.init.constant_(head.bias, -2.0)  # most cells hold nothing
         self.start = nn.Linear(features, hidden)
         self.embedding = nn.Embedding(len(self.vocabulary), embedding)
-        self.cell = nn.GRUCell(embedding + features, hidden)
+        self.cell = _Recurrence(embedding + features, hidden, batch_first=True)
         size = len(self.vocabulary)
         self.heads = nn.ModuleList(
             mlp_heads(heads, hidden + features, size, head_hidden)
@@ -95,9 +119,18 @@ class Captioner(nn.Module):
     def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the module's docstring."""
         memory, features = states[:, : self.hidden], states[:, self.hidden :]
-        memory = self.cell(torch.cat([self.embedding(words), features], -1), memory)
+        memory = self.cell.step(torch.cat([self.embedding(words), features], -1), memory)
         states = torch.cat([memory, features], -1)
         return torch.stack([head(states) for head in self.heads]), states
+
+    def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """See the module's docstring."""
+        memory, features = states[:, : self.hidden], states[:, self.hidden :]
+        seen = features.unsqueeze(1).expand(-1, words.shape[1], -1)
+        inputs = torch.cat([self.embedding(words), seen], -1)
+        memories, _ = self.cell(inputs, memory.unsqueeze(0).contiguous())
+        along = torch.cat([memories, seen], -1)
+        return torch.stack([head(along) for head in self.heads])
 
 
 class CaptionEnsemble(nn.Module):
@@ -139,6 +172,11 @@ class CaptionEnsemble(nn.Module):
         pairs = zip(self.members, own, strict=True)
         parts = [member.step(words, state) for member, state in pairs]  # type: ignore[operator]
         return torch.cat([logits for logits, _ in parts]), torch.cat([s for _, s in parts], -1)
+
+    def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """See the module's docstring."""
+        pairs = zip(self.members, states.chunk(self.head_count, -1), strict=True)
+        return torch.cat([m.speak(words, state) for m, state in pairs])  # type: ignore[operator]
 
 
 def boxes_of(votes: torch.Tensor) -> torch.Tensor:

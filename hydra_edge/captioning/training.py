@@ -210,12 +210,7 @@ def unroll(network: CaptionNetwork, states: torch.Tensor, words: torch.Tensor) -
         Logits ``[M, R, T, V]``; those at `PADDING` mean nothing.
     """
     before = torch.cat([torch.full_like(words[:, :1], END_INDEX), words[:, :-1]], 1)
-    before = before.clamp_min(END_INDEX)
-    steps = []
-    for place in range(words.shape[1]):
-        logits, states = network.step(before[:, place], states)
-        steps.append(logits)
-    return torch.stack(steps, 2)
+    return network.speak(before.clamp_min(END_INDEX), states)
 
 
 def _within(regions: Regions, batch: torch.Tensor) -> Regions:

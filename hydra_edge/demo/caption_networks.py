@@ -25,17 +25,19 @@ class _Context(nn.Module):
         return torch.relu(maps + self.mix(maps.mean((2, 3), keepdim=True)))
 
 
-def _block(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, bias=False)
+def _block(
+    inputs: int, outputs: int, stride: int = 1, dilation: int = 1, size: int = 3
+) -> list[nn.Module]:
+    padding = size // 2 * dilation
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def body() -> nn.Sequential:
-    """Five convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 64, 8, 8]``."""
+    """Four convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 64, 8, 8]``."""
     return nn.Sequential(
-        *_block(3, 16, 2),
-        *_block(16, 32, 2),
+        *_block(3, 32, 4, size=5),
         *_block(32, 64, 2),
         *_block(64, 64),
         *_block(64, _FEATURES, dilation=2),

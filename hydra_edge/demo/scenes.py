@@ -25,8 +25,8 @@ COLOURS = {
     "cyan": (0.2, 0.8, 0.85),
     "pink": (0.95, 0.55, 0.75),
 }
-_SMALL, _LARGE = (4.0, 6.0), (8.0, 11.0)  # half widths in pixels
-_MOST = 4
+_SMALL, _LARGE = (5.0, 6.5), (9.0, 12.0)  # half widths in pixels
+_MOST = 3
 _APART = 1.15  # centres lie further apart than this times the sum of the half widths
 _OVERSAMPLING = 2
 Mask = npt.NDArray[np.float64]
@@ -51,8 +51,8 @@ def vocabulary() -> Vocabulary:
     return Vocabulary.of([words])
 
 
-def draw(count: int, seed: int, *, noise: tuple[float, float] = (0.0, 0.12)) -> list[Scene]:
-    """Scenes of one to four shapes; a seed gives the same ones every time.
+def draw(count: int, seed: int, *, noise: tuple[float, float] = (0.0, 0.1)) -> list[Scene]:
+    """Scenes of one to three shapes; a seed gives the same ones every time.
 
     Args:
         count: How many.
@@ -102,8 +102,9 @@ def _scene(rng: np.random.Generator, noise: tuple[float, float], mixing: float, 
         share = rng.uniform(0, mixing)
         paint = (1 - share) * np.asarray(COLOURS[names[colour]])
         paint = paint + share * np.asarray(COLOURS[names[other]]) + rng.normal(0, 0.03, 3)
-        mask = _mask(shape, x, y, half)
-        image = image * (1 - mask) + np.clip(paint, 0, 1)[:, None, None] * mask
+        mask, rows, columns = _mask(shape, x, y, half)
+        part = image[:, rows, columns]
+        image[:, rows, columns] = part * (1 - mask) + np.clip(paint, 0, 1)[:, None, None] * mask
         size = "small" if half < (_SMALL[1] + _LARGE[0]) / 2 else "large"
         described.append(f"a {size} {names[colour]} {shape}")
     image = image + rng.normal(0, rng.uniform(*noise), image.shape)
@@ -132,11 +133,13 @@ def _captions(boxes: Boxes, described: list[str]) -> list[str]:
     return captions
 
 
-def _mask(shape: str, x: float, y: float, half: float) -> Mask:
-    """How much of each pixel a shape covers, ``[64, 64]``."""
-    fine = SIZE * _OVERSAMPLING
-    ticks = (np.arange(fine) + 0.5) / _OVERSAMPLING
-    u, v = (ticks[None] - x) / half, (ticks[:, None] - y) / half
-    inside = _INSIDE[shape](u, v)
-    size = (SIZE, _OVERSAMPLING, SIZE, _OVERSAMPLING)
-    return np.asarray(inside.reshape(size).mean((1, 3)))
+def _mask(shape: str, x: float, y: float, half: float) -> tuple[Mask, slice, slice]:
+    """How much of each pixel a shape covers, within the rows and columns that it can cover."""
+    rows, columns = (slice(max(0, int(c - half)), min(SIZE, int(c + half) + 1)) for c in (y, x))
+    down, across = (
+        (np.arange((s.stop - s.start) * _OVERSAMPLING) + 0.5) / _OVERSAMPLING + s.start
+        for s in (rows, columns)
+    )
+    inside = _INSIDE[shape]((across[None] - x) / half, (down[:, None] - y) / half)
+    blocks = inside.reshape(len(down) // _OVERSAMPLING, _OVERSAMPLING, -1, _OVERSAMPLING)
+    return np.asarray(blocks.mean((1, 3))), rows, columns
