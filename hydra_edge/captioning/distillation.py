@@ -25,7 +25,7 @@ from hydra_edge.captioning.networks import (
     boxes_of,
     summarize_votes,
 )
-from hydra_edge.captioning.training import unroll
+from hydra_edge.captioning.training import unroll, without_denormals
 from hydra_edge.captioning.vocabulary import END_INDEX, MAX_WORDS, PADDING
 from hydra_edge.errors import DistillationError, InputError
 from hydra_edge.tasks.dense_captioning import rows_of
@@ -132,7 +132,8 @@ def distill_captioner(
             for heads in (student.heads, student.box_heads):
                 for head in list(heads)[1:]:
                     head.load_state_dict(heads[0].state_dict())
-        _train(student, pixels, lessons, config, phase, epochs, on_epoch)
+        with without_denormals():
+            _train(student, pixels, lessons, config, phase, epochs, on_epoch)
     return student.eval()
 
 

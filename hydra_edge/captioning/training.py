@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +125,19 @@ def train_captioner(
     images = images.contiguous(memory_format=torch.channels_last)  # a CPU trains faster so
     side = _side(network, images[:1])
     regions = regions_of(scenes, Vocabulary(network.vocabulary), side)
+    network.train()
+    with without_denormals():
+        _run(network, images, regions, config, on_epoch)
+    return network.eval()
+
+
+def _run(
+    network: Captioner,
+    images: torch.Tensor,
+    regions: Regions,
+    config: TrainingConfig,
+    on_epoch: Callable[[float], None],
+) -> None:
     steps = max(1, len(images) // config.batch_size)
     optimizer = torch.optim.AdamW(
         network.parameters(), config.learning_rate, weight_decay=config.weight_decay
@@ -132,7 +146,6 @@ def train_captioner(
         optimizer, config.learning_rate, total_steps=config.epochs * steps, pct_start=0.2
     )
     generator = torch.Generator().manual_seed(config.seed)
-    network.train()
     for _ in range(config.epochs):
         total = 0.0
         order = torch.randperm(len(images), generator=generator)
@@ -151,7 +164,20 @@ def train_captioner(
             schedule.step()
             total += loss.item() / steps
         on_epoch(total)
-    return network.eval()
+
+
+@contextlib.contextmanager
+def without_denormals() -> Iterator[None]:
+    """Numbers below 1e-38 are 0 meanwhile.
+
+    The averages of AdamW fall there for words that are never said, and a CPU computes with such
+    numbers far slower.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def labelled_loss(network: CaptionNetwork, images: torch.Tensor, regions: Regions) -> torch.Tensor:
