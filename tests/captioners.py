@@ -41,7 +41,7 @@ def network(heads: int, seed: int, loud: float = 1.0) -> Captioner:
     return made.eval()
 
 
-def ensemble(members: int = 3) -> CaptionEnsemble:
+def ensemble(members: int = 2) -> CaptionEnsemble:
     return CaptionEnsemble([network(1, seed, loud=3.0) for seed in range(members)]).eval()
 
 

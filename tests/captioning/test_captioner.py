@@ -89,7 +89,7 @@ def test_the_heads_fuse_by_the_ordinary_pass() -> None:
 
 
 def test_members_one_after_another_are_the_merged_ensemble() -> None:
-    made = ensemble(3)
+    made = ensemble()
     engines = [he.compile(export_captioner(m, images(1)), options=OPTIONS) for m in made.members]
     sessions = [he.load(one, threads=1) for one in engines]
     pixels = images(3, seed=4)
@@ -105,7 +105,9 @@ def test_members_one_after_another_are_the_merged_ensemble() -> None:
         session.close()
     assert words_of(left) == words_of(right)
     assert beams[0] == beams[1]
-    for ours, theirs in zip(sum(left, []), sum(right, []), strict=True):
+    for ours, theirs in zip(
+        *([r for each in side for r in each] for side in (left, right)), strict=True
+    ):
         # fp32, summed in another order; mutual information is a difference of two entropies
         np.testing.assert_allclose(ours.box, theirs.box, atol=1e-5)
         np.testing.assert_allclose(ours.caption.mutual, theirs.caption.mutual, atol=1e-4)
