@@ -1,6 +1,7 @@
 # Everything a newcomer or CI needs: make setup, check, test, demo. The virtual environment is made on demand.
 PYTHON ?= python3
 VENV ?= .venv
+TASK ?= classification
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -35,7 +36,7 @@ nightly: $(READY)
 	$(BIN)/python -m pytest tests/kernels -m nightly --numprocesses 2
 
 demo: $(READY)
-	$(BIN)/hydra-edge demo --output demo
+	$(BIN)/hydra-edge demo --task $(TASK) --output demo$(if $(filter-out classification,$(TASK)),/$(TASK))
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

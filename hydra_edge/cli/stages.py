@@ -29,9 +29,12 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path(
         "demo"
     ),
+    task: Annotated[
+        str, typer.Option(help="classification or dense-captioning.")
+    ] = "classification",
     as_json: JsonFlag = False,
 ) -> None:
-    """Tell the whole story on real data: train, distil, quantize, fuse, compile, compare."""
+    """Tell the whole story: train, distil, quantize, fuse, compile, compare."""
     from hydra_edge.errors import require
 
     for module in ("torch", "accelerate", "safetensors", "onnxscript", "sklearn", "torchmetrics"):
@@ -39,7 +42,7 @@ def demo(
     require("matplotlib", "demo")
     from hydra_edge.demo import run_demo
 
-    report = run_demo(output, console=terminal.console_on())
+    report = run_demo(output, terminal.console_on(), task)
     if as_json:
         typer.echo(report.to_json())
 

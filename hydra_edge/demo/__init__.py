@@ -25,7 +25,7 @@ from hydra_edge.demo import digits, networks
 from hydra_edge.demo.digits import Digits, Images
 from hydra_edge.distillation import DistillationConfig, distill
 from hydra_edge.ensembles import Ensemble, Hydra, load_weights, save_weights
-from hydra_edge.errors import ArtifactError, MissingDependencyError
+from hydra_edge.errors import ArtifactError, InputError, MissingDependencyError
 from hydra_edge.exporting import export, merge
 from hydra_edge.measurement import Protocol, benchmark, speedup
 from hydra_edge.pipeline import build
@@ -34,6 +34,7 @@ from hydra_edge.reporting import to_html, to_markdown, to_table
 from hydra_edge.runtime import EnsembleSession, Session, load
 from hydra_edge.verification import verify
 
+TASKS = ("classification", "dense-captioning")
 # One thread: the least noisy comparison, and what a busy device has to give.
 THREADS = 1
 BATCHES = (1, 32)
@@ -62,16 +63,30 @@ class Check:
     passed: bool
 
 
-def run_demo(folder: Path, console: Console) -> Report:
+def run_demo(folder: Path, console: Console, task: str = "classification") -> Report:
     """Run or resume the demo in ``folder``.
 
     Args:
         folder: Where networks, graphs, engines and reports are kept.
         console: Where progress goes.
+        task: One of `TASKS`.
 
     Returns:
         The report, also written as ``report.json``, ``report.md`` and ``report.html``.
+
+    Raises:
+        InputError: There is no demo of that task.
     """
+    if task not in TASKS:
+        raise InputError(
+            f"There is no demo of the task '{task}'.",
+            f"There are: {', '.join(TASKS)}.",
+            "Pick one of those.",
+        )
+    if task != "classification":
+        from hydra_edge.demo import dense_captioning
+
+        return dense_captioning.run(folder, console)
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     data = digits.load()

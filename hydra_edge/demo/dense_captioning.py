@@ -62,7 +62,7 @@ class Check:
     passed: bool
 
 
-def run_demo(folder: Path, console: Console) -> Report:
+def run(folder: Path, console: Console) -> Report:
     """Run or resume the demo in ``folder``.
 
     Args:
