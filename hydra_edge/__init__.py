@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hydra_edge.artifacts.engine import Engine as Engine
     from hydra_edge.artifacts.graph import Graph as Graph
+    from hydra_edge.artifacts.joining import join as join
+    from hydra_edge.artifacts.joining import only as only
     from hydra_edge.artifacts.prediction import Prediction as Prediction
     from hydra_edge.artifacts.report import Report as Report
     from hydra_edge.compilation import CompileOptions as CompileOptions
@@ -64,10 +66,12 @@ _HOMES = {
     "distill": "distillation",
     "export": "exporting",
     "fuse": "fusion",
+    "join": "artifacts.joining",
     "linear_heads": "ensembles",
     "load": "runtime",
     "lower": "lowering",
     "merge": "exporting",
+    "only": "artifacts.joining",
     "mlp_heads": "ensembles",
     "quantize": "quantization",
     "residual_heads": "ensembles",

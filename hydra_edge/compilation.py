@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from hydra_edge import backends, detection, equivalence, lowering
 from hydra_edge.artifacts.arrays import check_arrays
 from hydra_edge.artifacts.engine import BUILD_OPTIONS, MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph, Json, TensorSpec
+from hydra_edge.artifacts.joining import join
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.errors import CompilationError, HydraError, InputError, MissingDependencyError
 from hydra_edge.precision import Precision
@@ -55,6 +57,7 @@ class CompileOptions:
             )
 
 
+@overload
 def compile(
     graph: Graph,
     target: str = "cpu",
@@ -63,6 +66,29 @@ def compile(
     golden: Mapping[str, Array] | None = None,
     unfused: Graph | None = None,
     options: CompileOptions | None = None,
+) -> Engine: ...
+
+
+@overload
+def compile(
+    graph: Mapping[str, Graph],
+    target: str = "cpu",
+    *,
+    batch: Mapping[str, tuple[int, int, int]] | tuple[int, int, int] | None = None,
+    golden: Mapping[str, Mapping[str, Array]] | None = None,
+    unfused: Mapping[str, Graph] | None = None,
+    options: Mapping[str, CompileOptions] | CompileOptions | None = None,
+) -> Engine: ...
+
+
+def compile(
+    graph: Graph | Mapping[str, Graph],
+    target: str = "cpu",
+    *,
+    batch: Any = None,
+    golden: Mapping[str, Any] | None = None,
+    unfused: Graph | Mapping[str, Graph] | None = None,
+    options: CompileOptions | Mapping[str, CompileOptions] | None = None,
 ) -> Engine:
     """Lower a graph, build it for a target, prove it against the graph and pack it up.
 
@@ -70,7 +96,9 @@ def compile(
     the device needs to build it, see `Engine.is_built`; its notes say why.
 
     Args:
-        graph: Any graph; fuse it first to gain from its heads.
+        graph: Any graph; fuse it first to gain from its heads. Several by name become one engine
+            of several programs; then ``golden`` and ``unfused`` are by name too, as ``batch`` and
+            ``options`` may be.
         target: A name from `hydra-edge targets`, or "local" for the device that is here. For
             TensorRT-RTX also several, with ",": one engine then serves them all.
         batch: Shorthand for ``options.batch``.
@@ -90,6 +118,47 @@ def compile(
         CompilationError: The target's backend refused the graph, or no lowering reproduced it.
         MissingDependencyError: What builds for the target is not installed.
     """
+    if isinstance(graph, Graph):
+        assert unfused is None or isinstance(unfused, Graph)
+        assert options is None or isinstance(options, CompileOptions)
+        return _compile(graph, target, batch, golden, unfused, options)
+    return join(
+        {
+            name: _compile(
+                one,
+                target,
+                _for(name, batch, graph, "batch"),
+                _for(name, golden, graph, "golden"),
+                _for(name, unfused, graph, "unfused"),
+                _for(name, options, graph, "options"),
+            )
+            for name, one in graph.items()
+        }
+    )
+
+
+def _for(name: str, given: object, graphs: Mapping[str, Graph], argument: str) -> Any:
+    """What is meant for one of several programs: its entry of a mapping, or what all share."""
+    if not isinstance(given, Mapping):
+        return given
+    if unknown := sorted(set(given) - set(graphs)):
+        raise InputError(
+            f"{argument} has an entry for '{unknown[0]}'.",
+            f"The programs are {', '.join(graphs)}.",
+            "Name one of those.",
+        )
+    return given.get(name)
+
+
+def _compile(
+    graph: Graph,
+    target: str,
+    batch: tuple[int, int, int] | None,
+    golden: Mapping[str, Array] | None,
+    unfused: Graph | None,
+    options: CompileOptions | None,
+) -> Engine:
+    """`compile` for one program."""
     options = options or CompileOptions()
     options = options if batch is None else replace(options, batch=batch)
     rows = _rows(target)

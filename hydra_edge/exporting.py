@@ -32,6 +32,7 @@ def export(
     example: object,
     *,
     input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
     head_logits: bool = True,
 ) -> Graph:
     """Turn a torch module into a graph with a dynamic batch.
@@ -41,6 +42,8 @@ def export(
             module with one output, e.g. a single member, exported as it is.
         example: One input (array or tensor, axis 0 the batch) or a tuple of inputs.
         input_names: Names of the inputs; ``input`` or ``input_0``, ``input_1``, … by default.
+        output_names: Names of the outputs of another module, which may then have several, each
+            with axis 0 the batch or, to be summarized, ``[M, B, C]``.
         head_logits: Keep the per-head output ``head_logits [M, B, C]`` among the outputs.
 
     Returns:
@@ -62,15 +65,15 @@ def export(
             "Give one name per input.",
         )
     known = model if isinstance(model, (Hydra, Ensemble)) else None
-    output = LOGITS if known else "logits"
+    outputs = [LOGITS] if known else list(output_names) or ["logits"]
     # The forward of Hydra and Ensemble takes *inputs, which torch.export sees as one tuple.
     axes = tuple({0: BATCH} for _ in examples)
-    proto = _to_onnx(model, examples, names, output, (axes,) if known else axes)
+    proto = _to_onnx(model, examples, names, outputs, (axes,) if known else axes)
     kind = "student" if isinstance(model, Hydra) else "ensemble" if known else "member"
     graph = Graph(proto, Metadata(kind=kind, provenance=(f"export:torch {torch.__version__}",)))
     if known is None:
         return graph
-    return summarize(graph, known.task, output, labels=known.labels, head_logits=head_logits)
+    return summarize(graph, known.task, LOGITS, labels=known.labels, head_logits=head_logits)
 
 
 def merge(
@@ -136,16 +139,18 @@ def summarize(
     *,
     labels: Sequence[str] = (),
     head_logits: bool = True,
+    keep: Sequence[str] = (),
 ) -> Graph:
     """End a graph in the summary op of its task: how a model exported by anybody gets its doubt.
 
     Args:
         graph: A graph with one per-head output ``[M, B, C]``, or M outputs ``[B, C]``; its other
-            outputs are dropped.
+            outputs are dropped, but those of ``keep``.
         task: Task name.
         logits: Name of that output, or names of those M; None when the graph has no others.
         labels: Names of the C outputs.
         head_logits: Keep the per-head output among the outputs.
+        keep: Names of further outputs to keep, e.g. the state of a decoder.
 
     Raises:
         GraphError: The output is missing or has another rank.
@@ -173,7 +178,14 @@ def summarize(
             described.summary_op, [LOGITS], list(described.outputs), "summary", domain=ops.DOMAIN
         )
     )
-    kept = [value for value in model.graph.output if value.name == LOGITS and head_logits]
+    others = {value.name: value for value in model.graph.output}
+    if missing := sorted(set(keep) - set(others)):
+        raise GraphError(
+            f"The graph has no output '{missing[0]}' to keep.",
+            f"It gives {'; '.join(map(str, graph.outputs))}.",
+            "Name outputs of the graph.",
+        )
+    kept = [others[name] for name in ((LOGITS,) if head_logits else ()) + tuple(keep)]
     del model.graph.output[:]
     for name in described.outputs:
         shape = [batch, width] if name in described.vector_outputs else [batch]
@@ -278,7 +290,7 @@ def _to_onnx(
     model: torch.nn.Module,
     examples: tuple[torch.Tensor, ...],
     names: list[str],
-    output: str,
+    outputs: list[str],
     dynamic_shapes: tuple[object, ...],
 ) -> onnx.ModelProto:
     import torch
@@ -296,7 +308,7 @@ def _to_onnx(
                 examples,
                 dynamo=True,
                 input_names=names,
-                output_names=[output],
+                output_names=outputs,
                 dynamic_shapes=dynamic_shapes,
                 verbose=False,
             )

@@ -50,6 +50,11 @@ class LiveProgram:
         self._all_names = [spec.name for spec in program.outputs]
         self._axes = {spec.name: self._batch_axis(spec) for spec in program.outputs}
 
+    @property
+    def on_device(self) -> bool:
+        """Whether outputs can stay where it runs, away from the CPU's memory."""
+        return self._device_runner is not None
+
     def run(self, inputs: object, optional: bool) -> dict[str, Array]:
         """Outputs by name for any batch size."""
         feeds = self._feeds(inputs)

@@ -12,6 +12,7 @@ from hydra_edge import detection, twins
 from hydra_edge.artifacts.arrays import check_arrays, to_numpy
 from hydra_edge.artifacts.engine import MAIN, Engine, Program
 from hydra_edge.artifacts.graph import Graph
+from hydra_edge.artifacts.joining import join, only
 from hydra_edge.compilation import CompileOptions, compile
 from hydra_edge.errors import DeviceMismatchError, GateError, GraphError, InputError
 from hydra_edge.fusion import fuse
@@ -128,37 +129,51 @@ def rebuild(
         HydraError: See `compile`.
     """
     target = target or engine.target
-    programs: dict[str, Program] = {}
-    twin_ms: float | None = None
-    for name, program in engine.programs.items():
-        graph = program.graph
-        fused, unfused = (graph, None) if has_heads(graph) else (fuse(graph), graph)
-        how = options or kept_options(engine, program, target)
-        on_step(f"compile {name} for {target}")
-        golden = program.golden.inputs
-        built = compile(fused, target, options=how, golden=golden, unfused=unfused)
-        if not built.is_built:
-            raise DeviceMismatchError(
-                f"An engine for {built.target} cannot be built on this machine.",
-                built.programs[MAIN].notes[0],
-                "Copy the file to the device, and call `hydra-edge compile FILE.hydra` there.",
-            )
-        programs[name] = built.programs[MAIN]
+    return join(
+        {
+            name: _rebuilt(only(engine, name), name, target, options, on_step)
+            for name in engine.programs
+        }
+    )
+
+
+def _rebuilt(
+    engine: Engine,
+    name: str,
+    target: str,
+    options: CompileOptions | None,
+    on_step: Callable[[str], None],
+) -> Engine:
+    """`rebuild` for one program, the only one of its engine; ``name`` is what others call it."""
+    (program,) = engine.programs.values()
+    graph = program.graph
+    fused, unfused = (graph, None) if has_heads(graph) else (fuse(graph), graph)
+    how = options or kept_options(engine, program, target)
+    on_step(f"compile {name} for {target}")
+    built = compile(fused, target, options=how, golden=program.golden.inputs, unfused=unfused)
+    if not built.is_built:
+        raise DeviceMismatchError(
+            f"An engine for {built.target} cannot be built on this machine.",
+            built.programs[MAIN].notes[0],
+            "Copy the file to the device, and call `hydra-edge compile FILE.hydra` there.",
+        )
+    measured = {key: v for key, v in engine.metrics.items() if not key.startswith("p50_ms")}
+    if built.programs[MAIN].lowering_ms:
+        measured["p50_ms"] = _p50(built)
         plain = _PLAIN[built.backend]
-        quantized = engine.precision not in ("fp32", str(plain))
-        if name == MAIN and quantized and unfused is not None and programs[name].lowering_ms:
+        if engine.precision not in ("fp32", str(plain)) and unfused is not None:
             on_step(f"time the {plain} twin")
             try:
-                twin_ms = _p50(_twin(twins.in_floats(unfused), plain, target, how))
+                twin = _twin(twins.in_floats(unfused), plain, target, how)
+                measured[f"p50_ms_{plain}_twin"] = _p50(twin)
             except GraphError as none:  # another tool quantized it
                 on_step(f"not timed: {none.what}")
-    measured = {key: v for key, v in engine.metrics.items() if not key.startswith("p50_ms")}
-    result = replace(built, programs=programs, metrics=measured, assets=engine.assets)
-    if MAIN in programs and programs[MAIN].lowering_ms:
-        measured["p50_ms"] = _p50(result)
-    if twin_ms is not None:
-        measured[f"p50_ms_{plain}_twin"] = twin_ms
-    return replace(result, metrics=measured, calibration_sha256=engine.calibration_sha256)
+    return replace(
+        built,
+        metrics=measured,
+        calibration_sha256=engine.calibration_sha256,
+        assets=engine.assets,
+    )
 
 
 def kept_options(engine: Engine, program: Program, target: str) -> CompileOptions:

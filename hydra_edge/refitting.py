@@ -14,7 +14,8 @@ import numpy.typing as npt
 import onnx
 
 from hydra_edge import backends, equivalence, lowering, ops
-from hydra_edge.artifacts.engine import Engine, Golden, Program
+from hydra_edge.artifacts import joining
+from hydra_edge.artifacts.engine import MAIN, Engine, Golden, Program
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.backends.onnxruntime import evaluate
 from hydra_edge.compilation import UNFUSED
@@ -60,28 +61,31 @@ def refit(engine: Engine, graphs: Graph | Mapping[str, Graph]) -> Refit:
             "There is nothing to change: it is built from the graph in it.",
             "Compile the new graph instead.",
         )
-    given = {next(iter(engine.programs)): graphs} if isinstance(graphs, Graph) else graphs
-    if unknown := sorted(set(given) - set(engine.programs)):
+    if isinstance(graphs, Graph) and len(engine.programs) > 1:
         raise InputError(
-            f"The engine has no program '{unknown[0]}'.",
-            f"It has: {', '.join(engine.programs)}.",
-            "Name one of those.",
+            "One graph was given.",
+            f"The engine has the programs {', '.join(engine.programs)}.",
+            "Say which one it is for: refit(engine, {NAME: graph}), or --program NAME.",
         )
-    programs, changed = dict(engine.programs), {}
+    given = {next(iter(engine.programs)): graphs} if isinstance(graphs, Graph) else graphs
+    engines = {name: joining.only(engine, name) for name in engine.programs}
+    changed = {}
     for name, graph in given.items():
-        programs[name], changed[name] = _refit(engine, programs[name], graph)
-    first = next(iter(given))
-    result = replace(
-        engine,
-        programs=programs,
-        source_sha256=programs[first].graph.sha256,
-        calibration_sha256=programs[first].graph.metadata.calibration_sha256,
-        metrics={key: value for key, value in engine.metrics.items() if key.startswith("p50_ms")},
-    )
-    return Refit(result, changed)
+        joining.find(engine, name)
+        program, changed[name] = _refit(engines[name], graph)
+        engines[name] = replace(
+            engines[name],
+            programs={MAIN: program},
+            source_sha256=program.graph.sha256,
+            calibration_sha256=program.graph.metadata.calibration_sha256,
+            metrics={k: v for k, v in engines[name].metrics.items() if k.startswith("p50_ms")},
+        )
+    return Refit(joining.join(engines), changed)
 
 
-def _refit(engine: Engine, program: Program, graph: Graph) -> tuple[Program, tuple[str, ...]]:
+def _refit(engine: Engine, graph: Graph) -> tuple[Program, tuple[str, ...]]:
+    """One program, which is the only one of its engine."""
+    (program,) = engine.programs.values()
     if graph.metadata.precision != engine.precision:
         raise InputError(
             f"The graph is stored in {graph.metadata.precision}, the engine in {engine.precision}.",

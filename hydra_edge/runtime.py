@@ -115,6 +115,11 @@ class Session:
         self.threads = next(iter(self._programs.values())).runner.threads
 
     @property
+    def programs(self) -> Mapping[str, SessionProgram]:
+        """Its programs by name, each of which runs by itself."""
+        return {name: SessionProgram(self, name) for name in self._programs}
+
+    @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Inputs of the main program."""
         return self._find(MAIN).program.inputs
@@ -257,6 +262,47 @@ class Session:
                 f"It has: {', '.join(self._programs)}.",
                 "Name one of those.",
             ) from None
+
+
+class SessionProgram:
+    """One program of a session, e.g. ``session.programs["step"]``; it lives as long as that.
+
+    Attributes:
+        session: The session it belongs to.
+        name: What the engine calls it.
+        program: What the engine keeps of it.
+    """
+
+    def __init__(self, session: Session, name: str) -> None:
+        self.session = session
+        self.name = name
+        self.program = session.engine.programs[name]
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Its inputs."""
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Its outputs."""
+        return self.program.outputs
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its outputs can stay on the device it runs on: `run_on_device`."""
+        return self.session._find(self.name).on_device
+
+    def run(self, inputs: object, *, head_logits: bool = False) -> Prediction:
+        """See `Session.run`."""
+        return self.session.run(inputs, head_logits=head_logits, program=self.name)
+
+    def run_on_device(self, inputs: object, *, head_logits: bool = False) -> dict[str, DeviceArray]:
+        """See `Session.run_on_device`."""
+        return self.session.run_on_device(inputs, head_logits=head_logits, program=self.name)
+
+    def __repr__(self) -> str:
+        return f"SessionProgram({self.name} of {self.session!r})"
 
 
 class EnsembleSession:

@@ -141,6 +141,8 @@ def verify(
             "Export or merge them with a task, e.g. --task classification.",
         )
     task = tasks.find(name)
+    if not _heads_of(model) and not _heads_of(reference):
+        return _compare_outputs(model, reference, inputs, gates)
     found, summary = _answers(model, inputs, task, "model")
     expected, reference_summary = _answers(reference, inputs, task, "reference")
     if found.shape[1:] != expected.shape[1:]:
@@ -200,6 +202,49 @@ def verify(
         failures=tuple(failures),
         notes=tuple(notes),
     )
+
+
+def _heads_of(model: Model) -> int | None:
+    if isinstance(model, Graph):
+        return model.metadata.heads
+    engine = model.engine if isinstance(model, Session) else model
+    return next(iter(engine.programs.values())).graph.metadata.heads
+
+
+def _compare_outputs(model: Model, reference: Model, inputs: object, gates: Gates) -> Verification:
+    """Programs without heads, such as an encoder: every output of numbers is compared."""
+    found, expected = (_outputs_of(one, inputs) for one in (model, reference))
+    if set(found) != set(expected):
+        raise InputError(
+            f"The model gives {', '.join(found)}.",
+            f"The reference gives {', '.join(expected)}.",
+            "Compare programs with the same outputs.",
+        )
+    errors = {name: equivalence.difference(found[name], expected[name]) for name in found}
+    limit = gates.prediction_error
+    failures = [
+        f"{name} differs by {error:.3g} (relative RMS; allowed: {limit:g})"
+        for name, error in errors.items()
+        if limit is not None and not error <= limit
+    ]
+    return Verification(
+        samples=len(next(iter(found.values()))),
+        head_errors=(),
+        metrics={},
+        reference_metrics={},
+        drift={f"{name}_error": error for name, error in errors.items()},
+        failures=tuple(failures),
+        notes=("a program without heads: its outputs were compared",),
+    )
+
+
+def _outputs_of(model: Model, inputs: object) -> dict[str, Array]:
+    if isinstance(model, Graph):
+        model = _engine_of(model, tuple(spec.name for spec in model.outputs), ())
+    if isinstance(model, Engine):
+        with load(model) as session:
+            return dict(session.run(inputs))
+    return dict(model.run(inputs))
 
 
 def _quality_failures(
@@ -403,14 +448,19 @@ def _as_engine(graph: Graph, task: Task, role: str) -> Engine:
             "Diversity is judged on what every head says.",
             "Export it with head_logits=True.",
         )
+    return _engine_of(graph, (metadata.logits, *task.outputs), (metadata.logits,))
+
+
+def _engine_of(graph: Graph, wanted: tuple[str, ...], optional: tuple[str, ...]) -> Engine:
+    """The graph, as it is, with some of its outputs."""
+    metadata = graph.metadata
     fixed = [spec.shape[0] for spec in graph.inputs if spec.shape]
     size = next((size for size in fixed if isinstance(size, int)), None)
-    wanted = {metadata.logits, *task.outputs}
     program = Program(
         inputs=graph.inputs,
         outputs=tuple(spec for spec in graph.outputs if spec.name in wanted),
         batch=(size, size, size) if size is not None else (1, _BATCH, _BATCH),
-        optional=(metadata.logits,),
+        optional=optional,
         lowering="",
         lowering_ms={},
         graph=graph,

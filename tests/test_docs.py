@@ -83,13 +83,20 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("jetson.md", 2), ("gpu.md", 3), ("troubleshooting.md", 0), ("vqa.md", 3)],
+    [
+        ("jetson.md", 2),
+        ("gpu.md", 3),
+        ("troubleshooting.md", 0),
+        ("vqa.md", 3),
+        ("dense-captioning.md", 3),
+    ],
 )
 def test_blocks_of_guides_run(name: str, least: int, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="it makes the student")
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     assert {page.name for page in GUIDES} == {
         *("jetson.md", "gpu.md", "troubleshooting.md", "scaling.md", "vqa.md"),
+        "dense-captioning.md",
     }
     assert run_blocks(ROOT / "docs" / name, tmp_path) >= least
 

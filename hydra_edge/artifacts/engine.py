@@ -37,7 +37,7 @@ FORMAT = "hydra-edge engine"
 MANIFEST = "manifest.json"
 BUILD_OPTIONS = "build_options"  # among a program's facts
 MAIN = "main"  # the program a plain `run` means
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _ASSET = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
 _ASSETS = "assets/"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # zip's oldest date: equal engines give equal bytes
@@ -322,7 +322,7 @@ class _Reader:
                 self.refuse(f"Its member '{name}' does not have the recorded sha256.")
 
     def _program(self, name: str, entry: Mapping[str, Any]) -> Program:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             self.refuse(f"'{name}' is not a program name.")
         low, best, high = (int(value) for value in entry["batch"])
         if not 1 <= low <= best <= high:

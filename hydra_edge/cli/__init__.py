@@ -6,10 +6,10 @@ this device, 5 performance gate failed, 6 something missing from the environment
 
 from __future__ import annotations
 
-from hydra_edge.cli import building, stages, training, views
+from hydra_edge.cli import building, programs, stages, training, views
 from hydra_edge.cli.app import app
 
-__all__ = ["app", "building", "main", "stages", "training", "views"]
+__all__ = ["app", "building", "main", "programs", "stages", "training", "views"]
 
 
 def main() -> None:

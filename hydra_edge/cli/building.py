@@ -18,6 +18,7 @@ from hydra_edge.cli.app import (
     Threads,
     verb,
 )
+from hydra_edge.cli.programs import ProgramName
 from hydra_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def refit(
         Path, typer.Option(help="The new student (.onnx), unfused, in the engine's precision.")
     ],
     output: Output,
+    program: ProgramName = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Give an engine the weights of a new student with the same layers, without a build."""
@@ -184,7 +186,9 @@ def refit(
     from hydra_edge.artifacts.engine import Engine
     from hydra_edge.artifacts.graph import Graph
 
-    found = refitting.refit(Engine.load(engine), Graph.load(weights))
+    graph = Graph.load(weights)
+    graphs = graph if program is None else {program: graph}
+    found = refitting.refit(Engine.load(engine), graphs)
     found.engine.save(output)
     rows = {f"replaced in {name}": list(names) for name, names in found.changed.items()}
     terminal.show(rows, as_json, title=f"wrote {output}")

@@ -19,6 +19,8 @@ from hydra_edge.cli.app import (
     exit_with,
     verb,
 )
+from hydra_edge.cli.captions import describe_picture
+from hydra_edge.cli.programs import ProgramName, load_program
 from hydra_edge.errors import GateError, InputError, PerformanceGateError, UsageError
 
 
@@ -27,7 +29,9 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything.")] = Path(
         "demo"
     ),
-    task: Annotated[str, typer.Option(help="classification or vqa.")] = "classification",
+    task: Annotated[
+        str, typer.Option(help="classification, vqa or dense-captioning.")
+    ] = "classification",
     as_json: JsonFlag = False,
 ) -> None:
     """Tell the whole story: train, distil, quantize, fuse, compile, compare."""
@@ -200,6 +204,7 @@ def verify(
         float, typer.Option(help="Smallest rank correlation of the epistemic uncertainty.")
     ] = 0.8,
     accuracy_drop: Annotated[float, typer.Option(help="Largest loss of accuracy.")] = 0.01,
+    program: ProgramName = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Check that a model still answers, and still doubts, like its reference (exit 3 if not)."""
@@ -209,7 +214,10 @@ def verify(
     from hydra_edge.artifacts.arrays import load_dataset
 
     gates = verification.Gates(mi_rank_correlation=mi_correlation, accuracy_drop=accuracy_drop)
-    left, right = terminal.load_model(model), terminal.load_model(against)
+    left, right = (
+        load_program(path, program) if path.suffix == ".hydra" else terminal.load_model(path)
+        for path in (model, against)
+    )
     inputs, labels = load_dataset(data, left.inputs)
     result = verification.verify(left, right, inputs, labels=labels, gates=gates)
     if as_json:
@@ -245,6 +253,7 @@ def bench(
     min_speedup: Annotated[
         float | None, typer.Option(help="Fail (exit 5) unless this much faster than each baseline.")
     ] = None,
+    program: ProgramName = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure an engine, and its baselines under the same protocol."""
@@ -266,7 +275,10 @@ def bench(
         )
     for path in report or []:
         terminal.check_report_path(path)
-    sessions = {label: runtime.load(path, threads=threads) for label, path in paths.items()}
+    sessions = {
+        label: runtime.load(load_program(path, program), threads=threads)
+        for label, path in paths.items()
+    }
     try:
         specs = sessions[engine.stem].inputs
         inputs, labels = load_dataset(data, specs)
@@ -313,9 +325,14 @@ def bench(
 def run(
     engine: Path,
     inputs: Annotated[
-        Path, typer.Argument(help="Inputs: .npy, or .npz by input name; with --question an image.")
+        Path,
+        typer.Argument(
+            help="Inputs: .npy, or .npz by input name; an image to describe, or with --question."
+        ),
     ],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help=".npz to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help=".npz to write; of an image, .json.")
+    ] = None,
     head_logits: Annotated[bool, typer.Option(help="Every head's raw output too.")] = False,
     question: Annotated[
         str | None, typer.Option(help="Ask this about the image, and answer in words.")
@@ -324,6 +341,11 @@ def run(
         str | None,
         typer.Option(help="With --question: when to ask somebody else, NAME=LIMIT."),
     ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(help="Of an image: draw boxes, captions and doubts (.png).")
+    ] = None,
+    beam: Annotated[int, typer.Option(help="Of an image: hypotheses per caption.")] = 1,
+    program: ProgramName = None,
     threads: Threads = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -346,8 +368,20 @@ def run(
     from hydra_edge import inspection, runtime
     from hydra_edge.artifacts.arrays import load_dataset
     from hydra_edge.artifacts.files import write_atomic
+    from hydra_edge.captioning.pictures import SUFFIXES
 
-    with runtime.load(engine, threads=threads) as session:
+    if inputs.suffix.lower() in SUFFIXES:
+        describe_picture(
+            engine, inputs, output=output, draw=draw, beam=beam, threads=threads, as_json=as_json
+        )
+        return
+    if draw is not None or beam != 1:
+        raise UsageError(
+            "--draw or --beam was given for arrays.",
+            f"They are for image files: {', '.join(SUFFIXES)}.",
+            "Leave them out, or name an image.",
+        )
+    with runtime.load(load_program(engine, program), threads=threads) as session:
         prediction = session.run(load_dataset(inputs, session.inputs)[0], head_logits=head_logits)
         rows = inspection.describe_prediction(prediction, session.engine)
     if output is not None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from hydra_edge.artifacts.report import Report
 from hydra_edge.errors import InputError
 
-TASKS = ("classification", "vqa")
+TASKS = ("classification", "vqa", "dense-captioning")
 
 
 def run_demo(folder: Path, console: Console, task: str = "classification") -> Report:

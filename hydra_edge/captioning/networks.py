@@ -1,0 +1,226 @@
+"""Captioning networks: a member with one head of each kind, a student with M, an ensemble of M.
+
+A network is two functions. ``encode`` looks at an image once and gives, for each of N cells of a
+grid, M votes on a box there, and the state its caption begins with. ``step`` takes the words so far
+one further, for any number R of regions:
+
+    encode: images [B, 3, H, W]                -> votes [M, B, N, 5], states [B, N, S]
+    step:   words [R] (int64), states [R, S]   -> logits [M, R, V], states [R, S]
+
+``speak`` is ``step`` along whole captions, for training.
+
+A state holds what the decoder remembers and what it sees, so that nothing else has to be kept. All
+M heads of a student share one state; an ensemble's holds those of its members, side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hydra_edge.ensembles import linear_heads, mlp_heads
+from hydra_edge.errors import InputError
+
+_REACH = 1.5  # cells that the centre of a box may lie away from its own
+
+
+class CaptionNetwork(Protocol):
+    """What training, distillation and export ask of a network."""
+
+    vocabulary: tuple[str, ...]
+    head_count: int
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Votes ``[M, B, N, 5]`` and states ``[B, N, S]``."""
+        ...
+
+    def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[M, R, V]`` and states ``[R, S]``."""
+        ...
+
+    def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Logits ``[M, R, T, V]`` along words ``[R, T]``."""
+        ...
+
+
+class _Recurrence(nn.GRU):
+    """A gated recurrent unit whose single step is made of plain matmuls, as an engine likes them.
+
+    Source: Cho et al. 2014, arXiv 1406.1078, in the form that torch documents for GRUCell.
+    """
+
+    def step(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+        """From ``x [R, K]`` and ``memory [R, H]`` to the next memory."""
+        into, over, into_bias, over_bias = self.all_weights[0]
+        given = functional.linear(x, into, into_bias).chunk(3, -1)
+        known = functional.linear(memory, over, over_bias).chunk(3, -1)
+        reset = torch.sigmoid(given[0] + known[0])
+        kept = torch.sigmoid(given[1] + known[1])
+        fresh = torch.tanh(given[2] + reset * known[2])
+        return fresh + kept * (memory - fresh)
+
+
+class Captioner(nn.Module):
+    """A student, or with one head a member.
+
+    Args:
+        body: Gives ``[B, features, g, g]`` for an image: a grid of g × g cells.
+        vocabulary: The V words; see `hydra_edge.captioning.vocabulary.Vocabulary`.
+        features: K, the body's channels.
+        heads: M.
+        hidden: Size of the decoder's memory.
+        embedding: Size of a word.
+        head_hidden: Widths of a vocabulary head's hidden layers; none for a linear head.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        vocabulary: Sequence[str],
+        *,
+        features: int,
+        heads: int = 1,
+        hidden: int = 96,
+        embedding: int = 32,
+        head_hidden: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.vocabulary = tuple(vocabulary)
+        self.head_count = heads
+        self.hidden = hidden
+        self.body = body
+        self.box_heads = nn.ModuleList(nn.Conv2d(features, 5, 1) for _ in range(heads))
+        for head in self.box_heads:
+            assert isinstance(head, nn.Conv2d)
+            assert head.bias is not None
+            nn.init.constant_(head.bias, -2.0)  # most cells hold nothing
+        self.start = nn.Linear(features, hidden)
+        self.embedding = nn.Embedding(len(self.vocabulary), embedding)
+        self.cell = _Recurrence(embedding + features, hidden, batch_first=True)
+        size = len(self.vocabulary)
+        self.heads = nn.ModuleList(
+            mlp_heads(heads, hidden + features, size, head_hidden)
+            if head_hidden
+            else linear_heads(heads, hidden + features, size)
+        )
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the module's docstring."""
+        maps = self.body(images)
+        votes = torch.stack([head(maps) for head in self.box_heads])
+        features = maps.flatten(2).transpose(1, 2)
+        states = torch.cat([torch.tanh(self.start(features)), features], -1)
+        return votes.flatten(3).transpose(2, 3), states
+
+    def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the module's docstring."""
+        memory, features = states[:, : self.hidden], states[:, self.hidden :]
+        memory = self.cell.step(torch.cat([self.embedding(words), features], -1), memory)
+        states = torch.cat([memory, features], -1)
+        return torch.stack([head(states) for head in self.heads]), states
+
+    def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """See the module's docstring."""
+        memory, features = states[:, : self.hidden], states[:, self.hidden :]
+        seen = features.unsqueeze(1).expand(-1, words.shape[1], -1)
+        inputs = torch.cat([self.embedding(words), seen], -1)
+        memories, _ = self.cell(inputs, memory.unsqueeze(0).contiguous())
+        along = torch.cat([memories, seen], -1)
+        return torch.stack([head(along) for head in self.heads])
+
+
+class CaptionEnsemble(nn.Module):
+    """Members side by side, each with a state of its own.
+
+    Args:
+        members: Networks with one head each and the same vocabulary, grid and state.
+
+    Raises:
+        InputError: There is no member, one has several heads, or vocabularies differ.
+    """
+
+    def __init__(self, members: Sequence[Captioner]) -> None:
+        super().__init__()
+        if not members or any(member.head_count != 1 for member in members):
+            raise InputError(
+                f"An ensemble of {len(members)} captioners cannot be formed.",
+                "It has at least one member, and each has one head of each kind.",
+                "Give captioners made with heads=1.",
+            )
+        if len({member.vocabulary for member in members}) > 1:
+            raise InputError(
+                "The members have different vocabularies.",
+                "Their probabilities are averaged word by word.",
+                "Train all of them with one vocabulary.",
+            )
+        self.members = nn.ModuleList(members)
+        self.vocabulary = members[0].vocabulary
+        self.head_count = len(members)
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the module's docstring."""
+        parts = [member.encode(images) for member in self.members]  # type: ignore[operator]
+        return torch.cat([votes for votes, _ in parts]), torch.cat([s for _, s in parts], -1)
+
+    def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the module's docstring."""
+        own = states.chunk(self.head_count, -1)
+        pairs = zip(self.members, own, strict=True)
+        parts = [member.step(words, state) for member, state in pairs]  # type: ignore[operator]
+        return torch.cat([logits for logits, _ in parts]), torch.cat([s for _, s in parts], -1)
+
+    def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """See the module's docstring."""
+        pairs = zip(self.members, states.chunk(self.head_count, -1), strict=True)
+        return torch.cat([m.speak(words, state) for m, state in pairs])  # type: ignore[operator]
+
+
+def boxes_of(votes: torch.Tensor) -> torch.Tensor:
+    """Boxes that heads vote for.
+
+    Args:
+        votes: ``[…, N, 5]`` for the N = g × g cells of a grid, row by row: objectness, then how far
+            the centre lies from the cell's, and the size.
+
+    Returns:
+        ``[…, N, 4]``: left, top, right, bottom as fractions of the image.
+    """
+    cells = votes.shape[-2]
+    side = round(cells**0.5)
+    ticks = (torch.arange(side, dtype=votes.dtype, device=votes.device) + 0.5) / side
+    rows, columns = torch.meshgrid(ticks, ticks, indexing="ij")
+    home = torch.stack([columns.flatten(), rows.flatten()], -1)
+    centre = home + torch.tanh(votes[..., 1:3]) * (_REACH / side)
+    half = torch.sigmoid(votes[..., 3:5]) / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def summarize_votes(votes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What M heads say about boxes, together.
+
+    Args:
+        votes: ``[M, B, N, 5]``.
+
+    Returns:
+        ``boxes [B, N, 4]``, the mean over heads, each weighted by its probability of an object;
+        ``scores [B, N]``, the mean probability of an object; ``score_mi [B, N]``, how much heads
+        disagree on that, in nats; ``box_spread [B, N]``, the standard deviation of a side over
+        heads, as a fraction of the image.
+    """
+    probability = torch.sigmoid(votes[..., 0])
+    boxes = boxes_of(votes)
+    weights = (probability / probability.sum(0)).unsqueeze(-1)
+    mean = (weights * boxes).sum(0)
+    spread = (weights * (boxes - mean).square()).sum(0).mean(-1).sqrt()
+    scores = probability.mean(0)
+    doubt = _binary_entropy(scores) - _binary_entropy(probability).mean(0)
+    return mean, scores, doubt.clamp_min(0), spread
+
+
+def _binary_entropy(probability: torch.Tensor) -> torch.Tensor:
+    p = probability.clamp(1e-6, 1 - 1e-6)  # 0 · log 0 is 0, which fp32 does not know
+    return -(p * p.log() + (1 - p) * (1 - p).log())

@@ -1,0 +1,66 @@
+"""The networks of the captioning demo; `member` and `student` are factories."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hydra_edge.captioning.networks import Captioner
+from hydra_edge.demo.scenes import vocabulary
+
+HEADS = 5
+_FEATURES = 64
+_HIDDEN = 64
+
+
+class _Context(nn.Module):
+    """Adds to every cell what the whole image holds: captions name what lies elsewhere."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """``[B, K, g, g]`` to the same."""
+        return torch.relu(maps + self.mix(maps.mean((2, 3), keepdim=True)))
+
+
+def _block(
+    inputs: int, outputs: int, stride: int = 1, dilation: int = 1, size: int = 3
+) -> list[nn.Module]:
+    padding = size // 2 * dilation
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def body() -> nn.Sequential:
+    """Four convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 64, 8, 8]``."""
+    return nn.Sequential(
+        *_block(3, 32, 4, size=5),
+        *_block(32, 64, 2),
+        *_block(64, 64),
+        *_block(64, _FEATURES, dilation=2),
+        _Context(_FEATURES),
+    )
+
+
+def member() -> Captioner:
+    """One member of the ensemble."""
+    return _captioner(1)
+
+
+def student() -> Captioner:
+    """One body like a member's, and five heads of each kind."""
+    return _captioner(HEADS)
+
+
+def _captioner(heads: int) -> Captioner:
+    return Captioner(
+        body(),
+        vocabulary().words,
+        features=_FEATURES,
+        hidden=_HIDDEN,
+        heads=heads,
+        head_hidden=(64,),
+    )

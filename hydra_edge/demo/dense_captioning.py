@@ -1,0 +1,282 @@
+"""The story of dense captioning: five networks that describe scenes become one student.
+
+Everything is kept in one folder; members that are there already are not trained again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hydra_edge.artifacts.engine import Engine
+from hydra_edge.artifacts.files import write_atomic
+from hydra_edge.artifacts.graph import Graph
+from hydra_edge.artifacts.joining import only
+from hydra_edge.artifacts.report import Protocol, Report
+from hydra_edge.captioning.benchmarking import Answers, Contender, benchmark_captioners
+from hydra_edge.captioning.distillation import CaptionDistillationConfig, distill_captioner
+from hydra_edge.captioning.drawing import draw
+from hydra_edge.captioning.exporting import export_captioner
+from hydra_edge.captioning.models import EngineModel
+from hydra_edge.captioning.networks import CaptionEnsemble, Captioner
+from hydra_edge.captioning.recording import record
+from hydra_edge.captioning.scenes import Scene
+from hydra_edge.compilation import CompileOptions, compile
+from hydra_edge.demo import caption_networks, scenes
+from hydra_edge.demo.caption_members import EPOCHS, members
+from hydra_edge.ensembles import save_weights
+from hydra_edge.errors import require
+from hydra_edge.fusion import fuse
+from hydra_edge.measurement import speedup
+from hydra_edge.quantization import quantize
+from hydra_edge.reporting import to_html, to_markdown, to_table
+from hydra_edge.runtime import Session, load
+from hydra_edge.verification import verify
+
+THREADS = 1  # the least noisy comparison, and what a busy device has to give
+BATCHES = (1, 8)
+TEST, SHIFTED, TRANSFER, CALIBRATION = 300, 150, 3000, 256
+DISTILLATION = CaptionDistillationConfig(epochs_mean=3, epochs_heads=8, batch_size=32)
+STUDENT, STUDENT_FP32, UNFUSED = "student int8", "student fp32", "student fp32, unfused"
+MERGED, MERGED_INT8, SESSIONS = "ensemble, merged", "ensemble int8, merged", "ensemble, 5 sessions"
+_OPTIONS = CompileOptions(batch=(1, 8, 128), threads=THREADS)
+Images = npt.NDArray[np.float32]
+Graphs = Mapping[str, Graph]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One promise of the demo and what was measured."""
+
+    name: str
+    value: float
+    target: str
+    passed: bool
+
+
+def run(folder: Path, console: Console) -> Report:
+    """Run or resume the demo in ``folder``.
+
+    Args:
+        folder: Where networks, graphs, engines, pictures and reports are kept.
+        console: Where progress goes.
+
+    Returns:
+        The report, also written as ``report.json``, ``report.md`` and ``report.html``.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    test = scenes.draw(TEST, seed=1001)
+    shifted = scenes.draw_shifted(SHIFTED, seed=1002)
+    transfer = scenes.draw_transfer(TRANSFER, seed=1003)
+
+    console.print(
+        "[bold]1  Five networks[/] that find shapes in generated scenes and describe them"
+    )
+    with _progress(console) as bar:
+        row = bar.add_task("training", total=caption_networks.HEADS * EPOCHS)
+        ensemble = CaptionEnsemble(members(folder, lambda: bar.advance(row)))
+
+    console.print("[bold]2  One student[/] with five heads for boxes and five for words")
+    student = _distil(ensemble, transfer, console)
+    save_weights(student, folder / "student.safetensors")
+
+    console.print("[bold]3  Export, quantize, fuse, compile[/]: programs encode and step, one file")
+    graphs = _export(student, ensemble, test, console)
+    engines = _compile(graphs, transfer[:CALIBRATION], console)
+    for label, name in ((STUDENT, "scene"), (STUDENT_FP32, "scene-fp32"), (MERGED, "ensemble")):
+        engines[label][0].save(folder / f"{name}.hydra")
+
+    console.print("[bold]4  Measure[/] all of them under one protocol")
+    report, answers, checks = _measure(engines, graphs, test, shifted, transfer)
+    _draw(folder, test, shifted, answers)
+    write_atomic(folder / "report.json", report.to_json().encode())
+    write_atomic(folder / "report.md", to_markdown(report).encode())
+    write_atomic(folder / "report.html", to_html(report).encode())
+    console.print(to_table(report))
+    for check in checks:
+        mark = "[green]✓[/]" if check.passed else "[red]✗[/]"
+        console.print(f"{mark} {check.name}: {check.value:.3f} (target {check.target})")
+    console.print(
+        f"Done in {time.perf_counter() - started:.0f} s. Open {folder / 'report.html'}, or try: "
+        f"hydra-edge run {folder / 'scene.hydra'} {folder / 'clear.png'} --draw drawn.png"
+    )
+    return report
+
+
+def _distil(ensemble: CaptionEnsemble, transfer: Images, console: Console) -> Captioner:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100)
+        untrained = caption_networks.student()
+    total = DISTILLATION.epochs_mean + DISTILLATION.epochs_heads
+    with _progress(console) as bar:
+        row = bar.add_task("distilling", total=total)
+        return distill_captioner(
+            ensemble, untrained, transfer, DISTILLATION, lambda *_: bar.advance(row)
+        )
+
+
+def _export(
+    student: Captioner, ensemble: CaptionEnsemble, test: list[Scene], console: Console
+) -> dict[str, dict[str, Graph]]:
+    networks: dict[str, torch.nn.Module] = {"student": student, "ensemble": ensemble}
+    networks |= {f"member-{index}": member for index, member in enumerate(ensemble.members)}
+    found = {}
+    with _progress(console) as bar:
+        row = bar.add_task("exporting", total=len(networks))
+        for name, network in networks.items():
+            found[name] = export_captioner(network, test[0].image[None])
+            bar.advance(row)
+    return found
+
+
+def _compile(
+    graphs: Mapping[str, Graphs], images: Images, console: Console
+) -> dict[str, list[Engine]]:
+    """Engines by label: one, or those of the members."""
+    engines: dict[str, list[Engine]] = {}
+    for name, fp32, int8 in (
+        ("student", STUDENT_FP32, STUDENT),
+        ("ensemble", MERGED, MERGED_INT8),
+    ):
+        engines[fp32] = [_built(graphs[name])]
+        with load(engines[fp32][0], threads=THREADS) as session:
+            fed = record(EngineModel(session), images)
+        stored = {
+            program: quantize(graph, "int8", calibration=fed[program]) if program in fed else graph
+            for program, graph in graphs[name].items()
+        }
+        engines[int8] = [_built(stored)]
+        kept = {p: one.lowering for p, one in engines[int8][0].programs.items() if p in fed}
+        console.print(f"   [dim]{int8}: {kept}[/]", highlight=False)
+    engines[UNFUSED] = [compile(graphs["student"], options=_OPTIONS)]
+    own = [name for name in graphs if name.startswith("member")]
+    engines[SESSIONS] = [compile(graphs[name], options=_OPTIONS) for name in own]
+    return engines
+
+
+def _built(graphs: Graphs) -> Engine:
+    fused = {name: fuse(graph) for name, graph in graphs.items()}
+    return compile(fused, options=_OPTIONS, unfused=graphs)
+
+
+def _measure(
+    engines: Mapping[str, list[Engine]],
+    graphs: Mapping[str, Graphs],
+    test: list[Scene],
+    shifted: dict[str, list[Scene]],
+    transfer: Images,
+) -> tuple[Report, Mapping[str, Answers], list[Check]]:
+    sessions: list[Session] = []
+    contenders = {}
+    try:
+        for label, group in engines.items():
+            opened = [load(engine, threads=THREADS) for engine in group]
+            sessions += opened
+            contenders[label] = Contender(tuple(opened))
+        report, answers = benchmark_captioners(
+            contenders,
+            test,
+            reference=MERGED,
+            shifted=shifted,
+            protocol=Protocol(batches=BATCHES, max_seconds=20.0, cold_samples=10),
+        )
+        fp32 = EngineModel(contenders[STUDENT_FP32].sessions[0])
+        fed = record(fp32, transfer[CALIBRATION : 2 * CALIBRATION])
+    finally:
+        for session in sessions:
+            session.close()
+    steps = verify(only(engines[STUDENT][0], "step"), graphs["student"]["step"], fed["step"])
+    checks = [*_checks(report), *_head_checks(engines, steps.drift["mi_rank_correlation"])]
+    notes = tuple(
+        f"{'passed' if check.passed else 'failed'}: {check.name}: {check.value:.3f} "
+        f"(target {check.target})"
+        for check in checks
+    )
+    return dataclasses.replace(report, notes=(*report.notes, *notes)), answers, checks
+
+
+def _checks(report: Report) -> list[Check]:
+    """The promises on whole images."""
+    rows = {row.label: row for row in report.sessions}
+    student, ensemble = rows[STUDENT].quality, rows[MERGED].quality
+    ratio = float(str(rows[MERGED].flops_per_sample)) / float(str(rows[STUDENT].flops_per_sample))
+    strongest = min(speedup(report, STUDENT, each, 1) for each in (MERGED, MERGED_INT8, SESSIONS))
+    return [
+        _at_least("mAP of the ensemble", ensemble["map"], 0.5),
+        _at_most("mAP below the ensemble's", ensemble["map"] - student["map"], 0.02),
+        _at_least(
+            "rank correlation of captions' mutual information with the ensemble's",
+            student.get("mi_rank_correlation", 0.0),
+            0.8,
+        ),
+        _at_least(
+            f"times as fast as the strongest ensemble, batch 1 (FLOP ratio {ratio:.1f})",
+            strongest,
+            min(3.0, 0.8 * ratio),
+        ),
+    ]
+
+
+def _head_checks(engines: Mapping[str, list[Engine]], correlation: float) -> list[Check]:
+    """The promises on the vocabulary heads."""
+    int8, fp32 = (_head_bytes(engines[label][0]) for label in (STUDENT, STUDENT_FP32))
+    return [
+        _at_least(
+            "int8: rank correlation of words' mutual information with fp32", correlation, 0.95
+        ),
+        _at_most(
+            f"vocabulary heads in int8 over fp32, {int8} of {fp32} bytes", int8 / max(1, fp32), 0.35
+        ),
+    ]
+
+
+def _head_bytes(engine: Engine) -> int:
+    """Bytes of the fused vocabulary heads."""
+    fused = fuse(engine.programs["step"].graph).fusion
+    groups = fused or engine.programs["step"].graph.fusion
+    return max((group.weight_bytes for group in groups if group.fused), default=0)
+
+
+def _draw(
+    folder: Path,
+    test: list[Scene],
+    shifted: Mapping[str, list[Scene]],
+    answers: Mapping[str, Answers],
+) -> None:
+    """A clear scene and one of each shifted set, as files and drawn on by the student."""
+    pillow = require("PIL.Image", "captioning")
+    place = 0
+    for name, group in (("clear", test), *shifted.items()):
+        best = max(range(len(group)), key=lambda i: (len(group[i].boxes), -i))
+        pixels = (group[best].image.transpose(1, 2, 0) * 255).round().astype(np.uint8)
+        picture = pillow.fromarray(pixels)
+        picture.save(folder / f"{name}.png")
+        draw(picture, answers[STUDENT][place + best], folder / f"{name}-drawn.png")
+        place += len(group)
+
+
+def _at_most(name: str, value: float, limit: float) -> Check:
+    return Check(name, value, f"≤ {limit:g}", value <= limit)
+
+
+def _at_least(name: str, value: float, limit: float) -> Check:
+    return Check(name, value, f"≥ {limit:g}", value >= limit)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("   {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
