@@ -31,7 +31,7 @@ from hydra_edge.errors import DistillationError, InputError
 from hydra_edge.tasks.dense_captioning import rows_of
 
 _OVERLAP = 0.4
-_BOX_WEIGHT = 20.0  # a box that is off by a twentieth of the image costs as much as one nat
+_BOX_WEIGHT = 40.0  # sides off by a fortieth of the image cost as much as one nat
 
 
 @dataclass(frozen=True)
