@@ -49,6 +49,7 @@ DISTILLATION = CaptionDistillationConfig(
     epochs_heads=14,
     batch_size=24,
     learning_rate=4e-3,
+    box_weight=40.0,
     disagreement_weight=3.0,
 )
 STUDENT, STUDENT_FP32, UNFUSED = "student int8", "student fp32", "student fp32, unfused"
