@@ -28,6 +28,8 @@ QUANTIZED_TOLERANCE = 5e-2
 # fp16 keeps 11 bits: 5e-4 relative per operation.
 HALF_TOLERANCE = 1e-2
 BFLOAT_TOLERANCE = 4e-2  # 8 bits: 4e-3
+# Of a captioner: an entropy in nats, and a deviation of sides that are fractions of the image.
+_BOX_DOUBTS = ("score_mi", "box_spread")
 
 
 def random_inputs(
@@ -115,7 +117,7 @@ def worst_difference(
     """
     names = [logits] if logits is not None and logits in expected else _comparable(expected)
     found = backend.evaluate(model, feeds, names)
-    errors = {name: _error(name, found[name], expected) for name in found}
+    errors = {name: error_of(name, found[name], expected) for name in found}
     worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst]
 
@@ -134,7 +136,7 @@ def distance(model: onnx.ModelProto, record: Golden) -> float:
 
 
 def _worst(found: Mapping[str, Array], record: Golden) -> float:
-    return max(_error(name, array, record.outputs) for name, array in found.items())
+    return max(error_of(name, array, record.outputs) for name, array in found.items())
 
 
 def _comparable(outputs: Mapping[str, Array]) -> list[str]:
@@ -146,14 +148,14 @@ def _comparable(outputs: Mapping[str, Array]) -> list[str]:
     ] or list(outputs)
 
 
-def _error(name: str, found: Array, expected: Mapping[str, Array]) -> float:
+def error_of(name: str, found: Array, expected: Mapping[str, Array]) -> float:
     """`difference`, with a sensible scale for measures of doubt.
 
     Where an ensemble is sure, its entropies and the variance between its heads are close to 0, and
     rounding moves them by much of themselves. An entropy changes by about as many nats as the
     logits change, so it is measured against at least 1; a variance against the total one.
     """
-    scale = 1.0 if name in ENTROPIES else 0.0
+    scale = 1.0 if name in (*ENTROPIES, *_BOX_DOUBTS) else 0.0
     if name == "epistemic_variance" and "aleatoric_variance" in expected:
         scale = float(np.sqrt(np.mean(np.square(expected["aleatoric_variance"], dtype=np.float64))))
     return difference(found, expected[name], scale)

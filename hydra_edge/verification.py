@@ -220,7 +220,7 @@ def _compare_outputs(model: Model, reference: Model, inputs: object, gates: Gate
             f"The reference gives {', '.join(expected)}.",
             "Compare programs with the same outputs.",
         )
-    errors = {name: equivalence.difference(found[name], expected[name]) for name in found}
+    errors = {name: equivalence.error_of(name, found[name], expected) for name in found}
     limit = gates.prediction_error
     failures = [
         f"{name} differs by {error:.3g} (relative RMS; allowed: {limit:g})"

@@ -25,7 +25,7 @@ from hydra_edge.exporting import summarize
 FEATURES, HIDDEN, CLASSES, HEADS, SAMPLES = 12, 16, 4, 3, 120
 VERBS = (
     *("demo", "export", "merge", "quantize", "fuse", "compile", "verify", "bench", "run"),
-    *("refit", "inspect", "targets", "plan", "doctor", "distill", "teach"),
+    *("refit", "join", "inspect", "targets", "plan", "doctor", "distill", "teach"),
 )
 
 

@@ -31,7 +31,6 @@ from hydra_edge.errors import DistillationError, InputError
 from hydra_edge.tasks.dense_captioning import rows_of
 
 _OVERLAP = 0.4
-_BOX_WEIGHT = 20.0  # a box that is off by a twentieth of the image costs as much as one nat
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,9 @@ class CaptionDistillationConfig:
         batch_size: Images per step.
         learning_rate: AdamW's at the start of each phase; a cosine takes it to 0.
         temperatures: Of the words' softmax; the loss is the mean over them.
-        caption_weight: Of the words' loss against that of boxes.
+        box_weight: Of the mean distance of a box's sides, as a fraction of the image, against the
+            cross entropy of there being an object, in nats.
+        caption_weight: Of the words' loss, in nats per word.
         disagreement_weight: Of how far the size of the heads' disagreement on words is from the
             members', in the second phase; see `Task.disagreement_loss`.
         score: Regions are described that the ensemble gives a higher probability of an object.
@@ -57,6 +58,7 @@ class CaptionDistillationConfig:
     batch_size: int = 32
     learning_rate: float = 3e-3
     temperatures: tuple[float, ...] = (1.0,)
+    box_weight: float = 20.0
     caption_weight: float = 4.0
     disagreement_weight: float = 1.0
     score: float = 0.15
@@ -237,7 +239,7 @@ def imitation_loss(
     target = lessons.votes[:, batch]
     if phase == "mean":
         votes = votes[:1]
-    loss = _votes_loss(votes, target, phase)
+    loss = _votes_loss(votes, target, phase, config.box_weight)
     place = torch.full((len(images),), -1)
     place[batch] = torch.arange(len(batch))
     chosen = (place[lessons.image] >= 0).nonzero()[:, 0]
@@ -262,7 +264,9 @@ def imitation_loss(
     return loss
 
 
-def _votes_loss(votes: torch.Tensor, target: torch.Tensor, phase: str) -> torch.Tensor:
+def _votes_loss(
+    votes: torch.Tensor, target: torch.Tensor, phase: str, box_weight: float
+) -> torch.Tensor:
     """Objectness and boxes: cross entropy per likely object, and distance where one is likely."""
     probability = torch.sigmoid(target[..., 0])
     boxes = boxes_of(target)
@@ -275,4 +279,4 @@ def _votes_loss(votes: torch.Tensor, target: torch.Tensor, phase: str) -> torch.
         votes[..., 0], probability, reduction="sum"
     )
     apart = (boxes_of(votes) - boxes).abs().mean(-1) * probability
-    return (entropy + _BOX_WEIGHT * apart.sum()) / objects
+    return (entropy + box_weight * apart.sum()) / objects

@@ -13,10 +13,10 @@ from hydra_edge.errors import InputError, require
 _LEAST_SIDE = 640  # a small picture is enlarged, or its captions would cover it
 _MARGIN, _LINE = 10, 24
 _BACKGROUND, _TEXT, _FAINT = (250, 250, 248), (30, 30, 30), (110, 110, 110)
-# From sure to unsure, all dark enough for white text: Wong 2011, Nature Methods 8, 441.
+# From agreement to disagreement, all dark enough for white text: Wong 2011, Nature Methods 8, 441.
 _COLOURS = ((0, 114, 178), (0, 158, 115), (213, 94, 0), (170, 40, 100))
 _LIMITS = (0.02, 0.08, 0.25)  # nats of mutual information per word, between the colours
-_SURE = ("sure", "fairly sure", "unsure", "guessing")
+_AGREEMENT = ("heads agree", "mostly", "hardly", "disagree")
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -130,7 +130,7 @@ def _entry(
 
 def _legend(pen: Any, place: tuple[int, int], font: Any) -> None:
     left, top = place
-    for colour, text in zip(_COLOURS, _SURE, strict=True):
+    for colour, text in zip(_COLOURS, _AGREEMENT, strict=True):
         pen.rectangle([left, top + 4, left + 12, top + 16], fill=colour)
         pen.text((left + 17, top + 1), text, _FAINT, font)
         left += round(font.getlength(text)) + 32

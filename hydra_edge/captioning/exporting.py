@@ -8,12 +8,14 @@ reorder: state [R, S], row [R] -> picked [R, S]
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
+from hydra_edge import ops
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.captioning.networks import CaptionEnsemble, CaptionNetwork, summarize_votes
-from hydra_edge.exporting import LOGITS, export, summarize
+from hydra_edge.exporting import BATCH, LOGITS, export, summarize
 
 ENCODE, STEP, REORDER = "encode", "step", "reorder"
 BOX_OUTPUTS = ("boxes", "scores", "score_mi", "box_spread")
@@ -21,6 +23,7 @@ IMAGE, WORD, STATE, NEXT_STATE, ROW, PICKED = (
     *("image", "word", "state", "next_state", "row", "picked"),
 )
 TASK = "dense_captioning"
+_IR_VERSION = 8  # of opset 18
 
 
 def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
@@ -51,8 +54,7 @@ def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
         _Step(network), rows, input_names=[WORD, STATE], output_names=[LOGITS, NEXT_STATE]
     )
     step = summarize(step, TASK, LOGITS, labels=known.vocabulary, keep=[NEXT_STATE])
-    reorder = export(_Reorder(), rows[::-1], input_names=[STATE, ROW], output_names=[PICKED])
-    graphs = {ENCODE: encode, STEP: step, REORDER: reorder}
+    graphs = {ENCODE: encode, STEP: step, REORDER: _reorder(width)}
     return {
         name: graph.derive(graph.model, f"program:{name}", task=TASK, kind=kind)
         for name, graph in graphs.items()
@@ -83,8 +85,13 @@ class _Step(nn.Module):
         return logits, states
 
 
-class _Reorder(nn.Module):
-    """Rows of a state."""
-
-    def forward(self, state: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        return state.index_select(0, row)
+def _reorder(width: int) -> Graph:
+    """Rows of a state ``[R, width]``."""
+    real, whole = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    state = onnx.helper.make_tensor_value_info(STATE, real, [BATCH, width])
+    row = onnx.helper.make_tensor_value_info(ROW, whole, [BATCH])
+    picked = onnx.helper.make_tensor_value_info(PICKED, real, [BATCH, width])
+    node = onnx.helper.make_node("Gather", [STATE, ROW], [PICKED], "gather", axis=0)
+    graph = onnx.helper.make_graph([node], "hydra", [state, row], [picked])
+    opset = onnx.helper.make_opsetid("", ops.MINIMUM_OPSET)
+    return Graph(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION))
