@@ -120,12 +120,12 @@ class Recipe:
     @property
     def workdir(self) -> Path:
         """Where the run keeps its checkpoint."""
-        return self.folder / self.table.get("workdir", "run")
+        return self.folder / str(self.table.get("workdir", "run"))
 
     @property
     def output(self) -> Path:
         """Where the student's weights go."""
-        return self.folder / self.table.get("output", "student.safetensors")
+        return self.folder / str(self.table.get("output", "student.safetensors"))
 
     @property
     def predictions(self) -> Path | None:
