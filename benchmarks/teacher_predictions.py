@@ -3,8 +3,8 @@
 Usage: python benchmarks/teacher_predictions.py [-o results/teacher-predictions.json]
 
 Random networks answer random inputs: what is measured is the work around them, `teaching.teach` and
-reading for training, not theirs. Their logits are scaled so that about half of the probability is
-on the first class, as a trained network's would be spread over more samples.
+reading for training, not theirs. Their logits are wide: 0.29 of the probability on the first
+class and 0.83 on the first 16, in the mean.
 """
 
 from __future__ import annotations

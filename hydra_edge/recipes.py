@@ -1,6 +1,6 @@
 """`Recipe`: a distillation written down in a TOML file, for the command line and for torchrun.
 
-    workdir = "run"                       # checkpoint; the same command resumes
+    workdir = "run"                       # the default; checkpoint, the same command resumes
     output = "student.safetensors"
     task = "classification"
     data = "my.data:transfer"             # a function that returns what `distill` takes
@@ -118,21 +118,20 @@ class Recipe:
         return tuple(self.table.get("labels", ()))
 
     @property
-    def workdir(self) -> Path | None:
+    def workdir(self) -> Path:
         """Where the run keeps its checkpoint."""
-        return self._path(self.table.get("workdir"))
+        return self.folder / str(self.table.get("workdir", "run"))
 
     @property
     def output(self) -> Path:
         """Where the student's weights go."""
-        found = self._path(self.table.get("output", "student.safetensors"))
-        assert found is not None
-        return found
+        return self.folder / str(self.table.get("output", "student.safetensors"))
 
     @property
     def predictions(self) -> Path | None:
         """Where predictions are kept; None if the members run, or are cached in ``workdir``."""
-        return self._path(self.table.get("predictions", {}).get("folder"))
+        name = self.table.get("predictions", {}).get("folder")
+        return None if name is None else self.folder / name
 
     @property
     def storage(self) -> Storage:
@@ -242,9 +241,6 @@ class Recipe:
         factory, weights = self.members[index]
         member = load_factory(factory)
         return load_weights(member, weights) if weights is not None else member
-
-    def _path(self, text: str | None) -> Path | None:
-        return None if text is None else self.folder / text
 
 
 def _members(path: Path, table: Mapping[str, Any]) -> list[tuple[str, Path | None]]:

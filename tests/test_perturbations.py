@@ -14,7 +14,7 @@ from hydra_edge.ensembles import Ensemble
 from hydra_edge.errors import InputError
 from hydra_edge.perturbations import augmented, diversified, mixed
 from hydra_edge.processes import Processes
-from hydra_edge.teachers import LiveTeacher
+from hydra_edge.teachers import EnsembleShare, LiveTeacher
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -118,5 +118,9 @@ def test_they_change_a_run_and_need_members_that_run(name: str) -> None:
     cached = dataclasses.replace(SHORT, **{name: 0.5})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"{name} is given, but teacher is 'cached'"):
         distill(ensemble, make_student(), data, cached, progress=False)
+    if name == "ods":  # as on more processes than members
+        empty = EnsembleShare({}, 4)
+        with pytest.raises(InputError, match=r"Process 0 holds no member.*at most 4 processes"):
+            distill(empty, make_student(), data, config, progress=False)
     with pytest.raises(InputError, match=f"{name} is -1"):
         dataclasses.replace(SHORT, **{name: -1})  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def distill(
     require("torch", "train")
     if _launched("distill", recipe, processes, quiet, as_json):
         return
-    from hydra_edge import distillation, ensembles
+    from hydra_edge import checkpoints, distillation, ensembles
     from hydra_edge import processes as running
     from hydra_edge.recipes import Recipe
 
@@ -59,14 +59,11 @@ def distill(
     if main:
         ensembles.save_weights(student, plan.output)
         rows = {"student": str(plan.output), "heads": len(student.heads)}
-        if plan.workdir is not None:
-            from hydra_edge.checkpoints import loss_curve
-
-            rows |= {
-                f"loss of phase {phase + 1}": float(values[-1])
-                for phase, values in enumerate(loss_curve(plan.workdir))
-                if len(values)
-            }
+        rows |= {
+            f"loss of phase {phase + 1}": float(values[-1])
+            for phase, values in enumerate(checkpoints.loss_curve(plan.workdir))
+            if len(values)
+        }
         terminal.show(rows, as_json, title=f"wrote {plan.output}")
     running.leave()
 
