@@ -24,7 +24,7 @@ from hydra_edge.ensembles import Ensemble, Hydra, linear_heads, save_weights
 from hydra_edge.exporting import export
 from hydra_edge.fusion import fuse
 from hydra_edge.pipeline import build
-from hydra_edge.quantization import quantize
+from hydra_edge.quantization import CalibrationOptions, quantize
 from hydra_edge.runtime import load
 from hydra_edge.tasks.vqa import TASK
 from hydra_edge.verification import verify
@@ -42,6 +42,7 @@ DISTILLATION = DistillationConfig(
     disagreement_weight=5.0,
     weight_decay=0.0,
 )
+CALIBRATION = CalibrationOptions("mse", weights="mse")
 USUAL_ANSWERS = 3129  # of VQA v2
 STUDENT, STUDENT_FP32 = "student int8", "student fp32"
 MERGED, MERGED_INT8, SESSIONS = "ensemble, merged", "ensemble int8, merged", "ensemble, 5 sessions"
@@ -106,7 +107,7 @@ def run(folder: Path, console: Console, plan: Plan = Plan()) -> Report:
 
     console.print("[bold]3  Export, quantize, fuse, compile, verify[/]")
     graphs = story.exported(folder, student, members, data, "vqa", vocabulary.answers, console)
-    engines = _compile(graphs, calibration, _union({"test": data, **sets}), console)
+    engines = _compile(graphs, calibration, data, console)
     int8 = engines[STUDENT]
     assert isinstance(int8, Engine)
     with load(int8, threads=story.THREADS) as session:
@@ -225,7 +226,7 @@ def _members(
 
 
 def _compile(
-    graphs: dict[str, Graph], calibration: Inputs, everything: Inputs, console: Console
+    graphs: dict[str, Graph], calibration: Inputs, test: Inputs, console: Console
 ) -> dict[str, Engine | list[Engine]]:
     def note(step: str) -> None:
         console.print(f"   [dim]student int8: {step}[/]")
@@ -236,13 +237,17 @@ def _compile(
             student,
             precision="int8",
             calibration=calibration,
+            calibration_options=CALIBRATION,
             options=OPTIONS,
-            data=everything,
+            data=test,
             on_step=note,
         ),
         STUDENT_FP32: build(student, options=OPTIONS),
         MERGED: build(ensemble, options=OPTIONS),
-        MERGED_INT8: build(quantize(ensemble, "int8", calibration=calibration), options=OPTIONS),
+        MERGED_INT8: build(
+            quantize(ensemble, "int8", calibration=calibration, options=CALIBRATION),
+            options=OPTIONS,
+        ),
         SESSIONS: [
             compile(graphs[f"member-{index}"], options=OPTIONS) for index in range(networks.HEADS)
         ],
