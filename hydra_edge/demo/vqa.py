@@ -39,7 +39,7 @@ DISTILLATION = DistillationConfig(
     epochs_heads=7,
     batch_size=128,
     learning_rate_heads=3e-3,
-    disagreement_weight=10.0,
+    disagreement_weight=5.0,
     weight_decay=0.0,
 )
 CALIBRATION = CalibrationOptions("mse", weights="mse")
@@ -164,7 +164,7 @@ def shifted(data: Inputs) -> dict[str, dict[str, npt.NDArray[np.generic]]]:
 
 
 def transfer_set(tokenizer: Tokenizer, count: int) -> dict[str, npt.NDArray[np.generic]]:
-    """What the student learns from: scenes nobody answered, a third of them spoiled.
+    """What the student learns from: scenes nobody answered, a quarter of them spoiled.
 
     The ensemble's doubt can be seen where members disagree, which is seldom on clean scenes: some
     are mixed with another, some lie under noise, and some have colours that do not occur.
@@ -173,8 +173,8 @@ def transfer_set(tokenizer: Tokenizer, count: int) -> dict[str, npt.NDArray[np.g
     rng = np.random.default_rng(100)
     images = found.images.copy()
     part = count // 12
-    mixed, veiled = slice(0, part), slice(part, 2 * part)
-    tinted, pure = slice(2 * part, 4 * part), slice(4 * part, 4 * part + part // 2)
+    mixed, veiled, tinted = (slice(start * part, (start + 1) * part) for start in (0, 1, 2))
+    pure = slice(3 * part, 3 * part + part // 2)
 
     def share() -> npt.NDArray[np.float32]:
         return rng.uniform(0.1, 0.9, (part, 1, 1, 1)).astype(np.float32)
@@ -184,7 +184,7 @@ def transfer_set(tokenizer: Tokenizer, count: int) -> dict[str, npt.NDArray[np.g
     weight = share()
     grain = rng.uniform(0, 1, images[veiled].shape).astype(np.float32)
     images[veiled] = weight * images[veiled] + (1 - weight) * grain
-    weight = rng.uniform(0, 1, (2 * part, 3, 1, 1)).astype(np.float32)
+    weight = rng.uniform(0, 1, (part, 3, 1, 1)).astype(np.float32)
     images[tinted] = weight * images[tinted] + (1 - weight) * (1 - images[tinted])
     images[pure] = rng.uniform(0, 1, images[pure].shape)
     order = rng.permutation(count)
