@@ -203,8 +203,13 @@ class _Reader(ast.NodeVisitor):
         self.inside([*node.generators, node.key, node.value], dict(self.scope))
 
     def assign(self, targets: list[ast.expr], value: ast.expr) -> None:
-        if isinstance(value, ast.Tuple) and isinstance(targets[0], ast.Tuple):
-            for target, part in zip(targets[0].elts, value.elts, strict=True):
+        first = targets[0]
+        if (
+            isinstance(value, ast.Tuple)
+            and isinstance(first, ast.Tuple)
+            and not any(isinstance(part, ast.Starred) for part in (*first.elts, *value.elts))
+        ):
+            for target, part in zip(first.elts, value.elts, strict=True):
                 self.assign([target], part)
             return
         held = self.of(value)

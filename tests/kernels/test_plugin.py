@@ -118,8 +118,8 @@ def test_hidden_activations_of_integers_are_int8(heads: Program) -> None:
 @pytest.mark.parametrize(
     ("case", "tactics"),
     {
-        # 2 warps in a row, 4 along K, 1 row tile, 2 batch tiles: each can be otherwise.
-        "a large layer": (Case("fp16", (300, 400), rows=(12,)), [2, 18, 34, 50, 66]),
+        # 2 warps in a row, 2 along K, 2 row tiles, 2 batch tiles: each can be otherwise.
+        "a large layer": (Case("fp16", (300, 1600), rows=(12,)), [2, 18, 34, 50, 66]),
         "a small layer": (Case("fp16", (30, 20), rows=(5,)), [2, 34, 50]),
         # Only chains know norms.
         "a large norm": (Case("fp16", (8, 8, 900), rows=(12,), norm=True), [1, 17, 33, 49, 65]),
@@ -153,14 +153,14 @@ def test_tactic_0_is_what_the_kernels_prefer(heads: Program, case: Case, preferr
 
 def test_variants_of_a_layer(heads: Program, library: Path) -> None:
     """At one row there are no fewer batch tiles: the variant is then as the first."""
-    results = heads(Case("fp16", (300, 400), rows=(12, 1)))
-    shape = LinearShape(2, 12, 300, 400, FLOAT16, FLOAT16)
+    results = heads(Case("fp16", (300, 1600), rows=(12, 1)))
+    shape = LinearShape(2, 12, 300, 1600, FLOAT16, FLOAT16)
     chosen = Library(library).choose_linear(shape, Device(*ORIN))
     sizes = (chosen.batch_tiles, chosen.row_tiles, chosen.row_warps, chosen.k_warps)
-    assert sizes == (2, 1, 2, 4)
+    assert sizes == (2, 2, 2, 2)
     configs = {key: plan.layer_configs for key, plan in results.plans.items()}
     assert repr(configs[0, 12]) == repr(configs[2, 12]) == repr([chosen])
-    for variant, expected in enumerate([(2, 1, 1, 8), (2, 1, 4, 2), (2, 2, 2, 4), (1, 1, 2, 4)], 1):
+    for variant, expected in enumerate([(2, 2, 1, 4), (2, 2, 4, 1), (2, 1, 2, 2), (1, 2, 2, 2)], 1):
         (found,) = configs[LAYERS | variant << 4, 12]
         assert (found.batch_tiles, found.row_tiles, found.row_warps, found.k_warps) == expected
     assert repr(configs[LAYERS | 4 << 4, 1]) == repr(configs[LAYERS, 1])

@@ -1,4 +1,7 @@
-"""Gates on what nvcc makes of the kernels, per architecture; see static_gates.py."""
+"""Gates on what nvcc makes of the kernels, per architecture; see static_gates.py.
+
+Each takes minutes: `make nightly` runs them, and whoever changes a kernel.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,11 @@ import pytest
 
 from kernels import static_gates
 
-# Jetson Orin. Each takes minutes; the rest are in the nightly run.
-EVERY_RUN = (87,)
-
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(
     "architecture",
-    [
-        pytest.param(number, marks=() if number in EVERY_RUN else pytest.mark.nightly)
-        for number in static_gates.ARCHITECTURES
-    ],
+    [pytest.param(number, marks=pytest.mark.nightly) for number in static_gates.ARCHITECTURES],
 )
 def test_what_the_compiler_made(architecture: int) -> None:
     budget = json.loads(static_gates.BUDGETS.read_text())[f"sm_{architecture}"]
