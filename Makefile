@@ -33,7 +33,7 @@ test: $(READY)
 # then the kernels compiled for every architecture.
 nightly: $(READY)
 	$(BIN)/python -m pytest tests/test_generated.py --hypothesis-profile=nightly -v --capture=no
-	$(BIN)/python -m pytest tests/kernels -m nightly --numprocesses 2
+	$(BIN)/python -m pytest -m nightly --numprocesses 2
 
 demo: $(READY)
 	$(BIN)/hydra-edge demo --task $(TASK) --output demo$(if $(filter-out classification,$(TASK)),/$(TASK))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +50,18 @@ he.export(Foreign(), images[:1]).save("heads.onnx")
 NOT_HERE = re.compile(r"^(make|pip) ", re.MULTILINE)
 
 
-def run_blocks(page: Path, folder: Path, *, prepare: bool = True) -> int:
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the user's own files, made once."""
+    pytest.importorskip("torch", reason="it makes the student")
+    folder = tmp_path_factory.mktemp("prepared")
+    subprocess.run([sys.executable, "-c", PREPARE], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def run_blocks(page: Path, folder: Path) -> int:
     """How many blocks of a page ran."""
     blocks = BLOCK.findall(page.read_text())
-    if prepare:
-        subprocess.run([sys.executable, "-c", PREPARE], cwd=folder, check=True, capture_output=True)
     ran = 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, _, code in blocks:
@@ -75,37 +83,35 @@ def run_blocks(page: Path, folder: Path, *, prepare: bool = True) -> int:
 
 
 @pytest.mark.filterwarnings("default")
-def test_readme_blocks_run(tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="the quick start trains a student")
+def test_readme_blocks_run(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     assert run_blocks(PAGES[0], tmp_path) >= 4
     assert (tmp_path / "report.html").stat().st_size > 1000
 
 
+# The least number of blocks that each has; they train students, which takes minutes together.
+BLOCKS = {
+    "dense-captioning.md": 3,
+    "gpu.md": 3,
+    "jetson.md": 2,
+    "scaling.md": 4,
+    "troubleshooting.md": 0,
+    "vqa.md": 3,
+}
+
+
+def test_every_guide_is_run_some_night() -> None:
+    assert [page.name for page in GUIDES] == list(BLOCKS)
+
+
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    ("name", "least"),
-    [
-        ("jetson.md", 2),
-        ("gpu.md", 3),
-        ("troubleshooting.md", 0),
-        ("vqa.md", 3),
-        ("dense-captioning.md", 3),
-    ],
-)
-def test_blocks_of_guides_run(name: str, least: int, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="it makes the student")
+@pytest.mark.parametrize(("name", "least"), BLOCKS.items())
+def test_blocks_of_guides_run(name: str, least: int, prepared: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    assert {page.name for page in GUIDES} == {
-        *("jetson.md", "gpu.md", "troubleshooting.md", "scaling.md", "vqa.md"),
-        "dense-captioning.md",
-    }
+    pytest.importorskip("transformers", reason="a student has a body of that library")
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     assert run_blocks(ROOT / "docs" / name, tmp_path) >= least
-
-
-@pytest.mark.filterwarnings("default")
-def test_blocks_of_scaling_run(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="its student has a body of that library")
-    assert run_blocks(ROOT / "docs" / "scaling.md", tmp_path, prepare=False) >= 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

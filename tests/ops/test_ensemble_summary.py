@@ -151,7 +151,9 @@ def check_sigmoid(found: dict[str, np.ndarray], logits: np.ndarray) -> None:
     for name, array in found.items():
         assert array.dtype == np.float32
         assert array.shape == reference[name].shape
-        np.testing.assert_allclose(array, reference[name], rtol=1e-5, atol=rounding, err_msg=name)
+        # A mean of one half may round to either side, and moves the ratio by one class at most.
+        allowed = rounding + (1 / logits.shape[-1] if name == "variation_ratio" else 0)
+        np.testing.assert_allclose(array, reference[name], rtol=1e-5, atol=allowed, err_msg=name)
     assert np.all(found["mutual_information"] >= 0)
 
 
