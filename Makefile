@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
 
 # Thousands of generated graphs through the fusion and every lowering, which says what it generated;
-# then the kernels compiled for every architecture.
+# then all that is marked so, e.g. the kernels compiled for every architecture.
 nightly: $(READY)
 	$(BIN)/python -m pytest tests/test_generated.py --hypothesis-profile=nightly -v --capture=no
 	$(BIN)/python -m pytest -m nightly --numprocesses 2

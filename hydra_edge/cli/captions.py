@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hydra_edge import terminal
-from hydra_edge.artifacts.files import write_atomic
 
 
 def describe_picture(
@@ -20,7 +18,10 @@ def describe_picture(
     as_json: bool,
 ) -> None:
     """Find, describe and print the regions of an image file; write and draw them if asked."""
+    import json
+
     from hydra_edge import inspection, runtime
+    from hydra_edge.artifacts.files import write_atomic
     from hydra_edge.captioning import drawing, pictures
     from hydra_edge.captioning.captioner import CaptionOptions, Describer
     from hydra_edge.captioning.models import EngineModel
