@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hydra_edge.captioning.networks import LEAST_WEIGHT
 from hydra_edge.errors import InputError
 from hydra_edge.gpu.arrays import DeviceArray
 from hydra_edge.runtime import Session
@@ -196,7 +197,8 @@ class MembersModel:
         found = [member.encode(images) for member in self.members]
         scores = np.stack([one.scores for one in found])
         boxes = np.stack([one.boxes for one in found])
-        weights = (scores / scores.sum(0))[..., None]
+        weights = scores + LEAST_WEIGHT
+        weights = (weights / weights.sum(0))[..., None]
         mean = (weights * boxes).sum(0)
         spread = np.sqrt((weights * np.square(boxes - mean)).sum(0).mean(-1))
         doubt = _binary_entropy(scores.mean(0)) - _binary_entropy(scores).mean(0)

@@ -25,6 +25,8 @@ from torch.nn import functional
 from hydra_edge.ensembles import linear_heads, mlp_heads
 from hydra_edge.errors import InputError
 
+# Of a head's box: where none sees an object all count alike, not as rounding has it.
+LEAST_WEIGHT = 1e-3
 _REACH = 1.5  # cells that the centre of a box may lie away from its own
 
 
@@ -206,14 +208,16 @@ def summarize_votes(votes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         votes: ``[M, B, N, 5]``.
 
     Returns:
-        ``boxes [B, N, 4]``, the mean over heads, each weighted by its probability of an object;
+        ``boxes [B, N, 4]``, the mean over heads, each weighted by its probability of an object, plus
+        1e-3;
         ``scores [B, N]``, the mean probability of an object; ``score_mi [B, N]``, how much heads
         disagree on that, in nats; ``box_spread [B, N]``, the standard deviation of a side over
         heads, as a fraction of the image.
     """
     probability = torch.sigmoid(votes[..., 0])
     boxes = boxes_of(votes)
-    weights = (probability / probability.sum(0)).unsqueeze(-1)
+    weights = probability + LEAST_WEIGHT
+    weights = (weights / weights.sum(0)).unsqueeze(-1)
     mean = (weights * boxes).sum(0)
     spread = (weights * (boxes - mean).square()).sum(0).mean(-1).sqrt()
     scores = probability.mean(0)

@@ -15,7 +15,7 @@ from hydra_edge.ensembles import load_weights, save_weights
 from hydra_edge.errors import ArtifactError
 
 SCENES = 3000
-EPOCHS = 6
+EPOCHS = 8
 _SEED = 1
 
 

@@ -37,9 +37,9 @@ def _block(
 def body() -> nn.Sequential:
     """Four convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 64, 8, 8]``."""
     return nn.Sequential(
-        *_block(3, 32, 4, size=5),
-        *_block(32, 64, 2),
-        *_block(64, 64),
+        *_block(3, 24, 2, size=5),
+        *_block(24, 48, 2),
+        *_block(48, 64, 2),
         *_block(64, _FEATURES, dilation=2),
         _Context(_FEATURES),
     )

@@ -1,4 +1,4 @@
-"""Generated scenes: coloured shapes of two sizes, and a caption for each that may name another.
+"""Generated scenes: coloured shapes of two sizes, and a caption for each that may say where it lies.
 
 Whatever a caption says can be seen, but not always clearly: sizes near the limit, colours side by
 side, noise, and neighbours that lie as much above as to the left.
@@ -25,7 +25,7 @@ COLOURS = {
     "cyan": (0.2, 0.8, 0.85),
     "pink": (0.95, 0.55, 0.75),
 }
-_SMALL, _LARGE = (5.0, 6.5), (9.0, 12.0)  # half widths in pixels
+_SMALL, _LARGE = (6.0, 7.5), (10.0, 13.0)  # half widths in pixels
 _MOST = 3
 _APART = 1.15  # centres lie further apart than this times the sum of the half widths
 _OVERSAMPLING = 2
@@ -47,7 +47,7 @@ SHAPES = tuple(_INSIDE)
 
 def vocabulary() -> Vocabulary:
     """All words of the captions."""
-    words = " ".join(("a small large left right of above below", *COLOURS, *SHAPES))
+    words = " ".join(("a small large left right of above below another", *COLOURS, *SHAPES))
     return Vocabulary.of([words])
 
 
@@ -128,8 +128,7 @@ def _captions(boxes: Boxes, described: list[str]) -> list[str]:
             where = "left of" if across > 0 else "right of"
         else:
             where = "above" if down > 0 else "below"
-        colour_and_shape = " ".join(described[nearest].split()[2:])
-        captions.append(f"{own} {where} a {colour_and_shape}")
+        captions.append(f"{own} {where} another")
     return captions
 
 

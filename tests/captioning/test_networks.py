@@ -59,7 +59,7 @@ def test_votes_together_in_float64() -> None:
     boxes, scores, doubt, spread = (t.numpy() for t in summarize_votes(votes))
     each = boxes_of(votes).double().numpy()
     p = 1 / (1 + np.exp(-votes[..., 0].double().numpy()))
-    weights = (p / p.sum(0))[..., None]
+    weights = ((p + 1e-3) / (p + 1e-3).sum(0))[..., None]
     mean = (weights * each).sum(0)
 
     def entropy(q: np.ndarray) -> np.ndarray:
