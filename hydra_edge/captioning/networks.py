@@ -208,11 +208,10 @@ def summarize_votes(votes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         votes: ``[M, B, N, 5]``.
 
     Returns:
-        ``boxes [B, N, 4]``, the mean over heads, each weighted by its probability of an object, plus
-        1e-3;
-        ``scores [B, N]``, the mean probability of an object; ``score_mi [B, N]``, how much heads
-        disagree on that, in nats; ``box_spread [B, N]``, the standard deviation of a side over
-        heads, as a fraction of the image.
+        ``boxes [B, N, 4]``, the mean over heads, each weighted by 1e-3 and its probability of an
+        object; ``scores [B, N]``, the mean probability of an object; ``score_mi [B, N]``, how much
+        heads disagree on that, in nats; ``box_spread [B, N]``, the standard deviation of a side
+        over heads, as a fraction of the image.
     """
     probability = torch.sigmoid(votes[..., 0])
     boxes = boxes_of(votes)

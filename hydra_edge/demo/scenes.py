@@ -1,4 +1,4 @@
-"""Generated scenes: coloured shapes of two sizes, and a caption for each that may say where it lies.
+"""Generated scenes: coloured shapes of two sizes, and what each is and where it lies.
 
 Whatever a caption says can be seen, but not always clearly: sizes near the limit, colours side by
 side, noise, and neighbours that lie as much above as to the left.
