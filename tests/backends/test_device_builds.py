@@ -191,7 +191,7 @@ def test_every_program_is_built_again(device: Simulated) -> None:
     engine = replace(packed(CompileOptions()), programs={"encode": program, "step": program})
     again = pipeline.rebuild(engine)
     assert list(again.programs) == ["encode", "step"]
-    assert set(again.metrics) == {"encode.p50_ms", "step.p50_ms"}
+    assert {"encode.p50_ms", "step.p50_ms"} <= set(again.metrics)  # and of their twins, if any
 
 
 def test_loading_says_that_it_builds(caplog: pytest.LogCaptureFixture) -> None:

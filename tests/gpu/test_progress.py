@@ -30,6 +30,7 @@ class Interrupted(progress.Watch):
         if len(self.phases) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 building.Watch = Interrupted
 graph = mlp_heads()
 request = BuildRequest((targets.find("rtx-4090"),), graph.inputs, (1, 2, 4))
