@@ -255,7 +255,7 @@ hydra_status hydra_choose_summary(const hydra_summary_shape* shape, const hydra_
   const int rows = std::max<int>(1, std::min<int64_t>(divided_up(shape->batch, device->sm_count),
                                                       4096 / std::max<int64_t>(per_row, 1)));
   *config = summary_behind(shape->heads, shape->outputs, rows, kThreads);
-  const int64_t worth_slicing = 4096;  // logits; one block took 37 us for 12000 on an H100
+  const int64_t worth_slicing = 4096;  // logits; one block took 39 us for 12000 on an H100
   if (shape->kind != HYDRA_GAUSSIAN && per_row > worth_slicing && shape->batch < device->sm_count) {
     config->slices = std::max<int>(
         2, std::min<int64_t>(device->sm_count / shape->batch, shape->outputs / kThreads));

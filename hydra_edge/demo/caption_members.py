@@ -1,47 +1,42 @@
-"""The captioning demo's ensemble: trained once, kept in the demo's folder."""
+"""How the captioning demo's ensemble is trained."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from torch import nn
 
 from hydra_edge.captioning.networks import Captioner
 from hydra_edge.captioning.scenes import Scene
 from hydra_edge.captioning.training import TrainingConfig, train_captioner
 from hydra_edge.demo import caption_networks, scenes
-from hydra_edge.ensembles import load_weights, save_weights
-from hydra_edge.errors import ArtifactError
+from hydra_edge.demo.story import Training
 
 SCENES = 3000
 EPOCHS = 8
 _SEED = 1
 
 
-def members(folder: Path, on_epoch: Callable[[], None]) -> list[Captioner]:
-    """The members, trained or read from ``folder``.
+def trainings() -> dict[str, Training]:
+    """By name, for `story.trained`; the scenes are drawn once, and only if something is trained."""
 
-    Args:
-        folder: Where ``member-0.safetensors`` and so on are kept.
-        on_epoch: Called after every epoch, of which each member has `EPOCHS`.
-    """
-    found: list[Captioner] = []
-    data: list[Scene] = []
-    for index in range(caption_networks.HEADS):
-        path = folder / f"member-{index}.safetensors"
-        network = caption_networks.member()
-        try:
-            load_weights(network, path)
-            for _ in range(EPOCHS):
-                on_epoch()
-        except ArtifactError:  # not trained yet, or by another version of the demo
-            data = data or scenes.draw(SCENES, _SEED)
+    @functools.cache
+    def data() -> list[Scene]:
+        return scenes.draw(SCENES, _SEED)
+
+    def one(index: int) -> Training:
+        def build() -> Captioner:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(index)
-                network = caption_networks.member()
+                return caption_networks.member()
+
+        def train(network: nn.Module, on_epoch: Callable[[], None]) -> nn.Module:
+            assert isinstance(network, Captioner)
             config = TrainingConfig(EPOCHS, batch_size=24, learning_rate=5e-3, seed=index)
-            train_captioner(network, data, config, lambda _: on_epoch())
-            save_weights(network, path)
-        found.append(network.eval())
-    return found
+            return train_captioner(network, data(), config, lambda _: on_epoch())
+
+        return Training(build, train, EPOCHS)
+
+    return {f"member-{index}": one(index) for index in range(caption_networks.HEADS)}

@@ -6,7 +6,6 @@ Everything is kept in one folder; members that are there already are not trained
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hydra_edge.artifacts.engine import Engine
-from hydra_edge.artifacts.files import write_atomic
 from hydra_edge.artifacts.graph import Graph
 from hydra_edge.artifacts.joining import only
 from hydra_edge.artifacts.report import Protocol, Report
@@ -30,18 +27,15 @@ from hydra_edge.captioning.networks import CaptionEnsemble, Captioner
 from hydra_edge.captioning.recording import record
 from hydra_edge.captioning.scenes import Scene
 from hydra_edge.compilation import CompileOptions, compile
-from hydra_edge.demo import caption_networks, scenes
-from hydra_edge.demo.caption_members import EPOCHS, members
+from hydra_edge.demo import caption_members, caption_networks, scenes, story
+from hydra_edge.demo.story import THREADS, Check, at_least, at_most
 from hydra_edge.ensembles import save_weights
 from hydra_edge.errors import require
 from hydra_edge.fusion import fuse
-from hydra_edge.measurement import speedup
 from hydra_edge.quantization import quantize
-from hydra_edge.reporting import to_html, to_markdown, to_table
 from hydra_edge.runtime import Session, load
 from hydra_edge.verification import verify
 
-THREADS = 1  # the least noisy comparison, and what a busy device has to give
 BATCHES = (1, 8)
 TEST, SHIFTED, TRANSFER, CALIBRATION = 300, 150, 3000, 256
 DISTILLATION = CaptionDistillationConfig(
@@ -54,19 +48,10 @@ DISTILLATION = CaptionDistillationConfig(
 )
 STUDENT, STUDENT_FP32, UNFUSED = "student int8", "student fp32", "student fp32, unfused"
 MERGED, MERGED_INT8, SESSIONS = "ensemble, merged", "ensemble int8, merged", "ensemble, 5 sessions"
+ENSEMBLES = (MERGED, MERGED_INT8, SESSIONS)
 _OPTIONS = CompileOptions(batch=(1, 8, 128), threads=THREADS)
 Images = npt.NDArray[np.float32]
 Graphs = Mapping[str, Graph]
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One promise of the demo and what was measured."""
-
-    name: str
-    value: float
-    target: str
-    passed: bool
 
 
 def run(folder: Path, console: Console) -> Report:
@@ -79,7 +64,7 @@ def run(folder: Path, console: Console) -> Report:
     Returns:
         The report, also written as ``report.json``, ``report.md`` and ``report.html``.
     """
-    started = time.perf_counter()
+    clock = story.Clock(folder, console)
     folder.mkdir(parents=True, exist_ok=True)
     test = scenes.draw(TEST, seed=1101)
     shifted = scenes.draw_shifted(SHIFTED, seed=1102)
@@ -88,9 +73,8 @@ def run(folder: Path, console: Console) -> Report:
     console.print(
         "[bold]1  Five networks[/] that find shapes in generated scenes and describe them"
     )
-    with _progress(console) as bar:
-        row = bar.add_task("training", total=caption_networks.HEADS * EPOCHS)
-        ensemble = CaptionEnsemble(members(folder, lambda: bar.advance(row)))
+    members = story.trained(folder, caption_members.trainings(), console)
+    ensemble = CaptionEnsemble([one for one in members.values() if isinstance(one, Captioner)])
 
     console.print("[bold]2  One student[/] with five heads for boxes and five for words")
     student = _distil(ensemble, transfer, console)
@@ -105,18 +89,8 @@ def run(folder: Path, console: Console) -> Report:
     console.print("[bold]4  Measure[/] all of them under one protocol")
     report, answers, checks = _measure(engines, graphs, test, shifted, transfer)
     _draw(folder, test, shifted, answers)
-    write_atomic(folder / "report.json", report.to_json().encode())
-    write_atomic(folder / "report.md", to_markdown(report).encode())
-    write_atomic(folder / "report.html", to_html(report).encode())
-    console.print(to_table(report))
-    for check in checks:
-        mark = "[green]✓[/]" if check.passed else "[red]✗[/]"
-        console.print(f"{mark} {check.name}: {check.value:.3f} (target {check.target})")
-    console.print(
-        f"Done in {time.perf_counter() - started:.0f} s. Open {folder / 'report.html'}, or try: "
-        f"hydra-edge run {folder / 'scene.hydra'} {folder / 'clear.png'} --draw drawn.png"
-    )
-    return report
+    hint = f"hydra-edge run {folder / 'scene.hydra'} {folder / 'clear.png'} --draw drawn.png"
+    return clock.finish(report, checks, hint)
 
 
 def _distil(ensemble: CaptionEnsemble, transfer: Images, console: Console) -> Captioner:
@@ -124,7 +98,7 @@ def _distil(ensemble: CaptionEnsemble, transfer: Images, console: Console) -> Ca
         torch.manual_seed(100)
         untrained = caption_networks.student()
     total = DISTILLATION.epochs_mean + DISTILLATION.epochs_heads
-    with _progress(console) as bar:
+    with story.progress(console) as bar:
         row = bar.add_task("distilling", total=total)
         return distill_captioner(
             ensemble, untrained, transfer, DISTILLATION, lambda *_: bar.advance(row)
@@ -137,7 +111,7 @@ def _export(
     networks: dict[str, torch.nn.Module] = {"student": student, "ensemble": ensemble}
     networks |= {f"member-{index}": member for index, member in enumerate(ensemble.members)}
     found = {}
-    with _progress(console) as bar:
+    with story.progress(console) as bar:
         row = bar.add_task("exporting", total=len(networks))
         for name, network in networks.items():
             found[name] = export_captioner(network, test[0].image[None])
@@ -215,21 +189,15 @@ def _checks(report: Report) -> list[Check]:
     """The promises on whole images."""
     rows = {row.label: row for row in report.sessions}
     student, ensemble = rows[STUDENT].quality, rows[MERGED].quality
-    ratio = float(str(rows[MERGED].flops_per_sample)) / float(str(rows[STUDENT].flops_per_sample))
-    strongest = min(speedup(report, STUDENT, each, 1) for each in (MERGED, MERGED_INT8, SESSIONS))
     return [
-        _at_least("mAP of the ensemble", ensemble["map"], 0.5),
-        _at_most("mAP below the ensemble's", ensemble["map"] - student["map"], 0.02),
-        _at_least(
+        at_least("mAP of the ensemble", ensemble["map"], 0.5),
+        at_most("mAP below the ensemble's", ensemble["map"] - student["map"], 0.02),
+        at_least(
             "rank correlation of captions' mutual information with the ensemble's",
             student.get("mi_rank_correlation", 0.0),
             0.8,
         ),
-        _at_least(
-            f"times as fast as the strongest ensemble, batch 1 (FLOP ratio {ratio:.1f})",
-            strongest,
-            min(3.0, 0.8 * ratio),
-        ),
+        *story.speed_checks(report, STUDENT, ENSEMBLES, {1: 3.0}),
     ]
 
 
@@ -237,10 +205,10 @@ def _head_checks(engines: Mapping[str, list[Engine]], correlation: float) -> lis
     """The promises on the vocabulary heads."""
     int8, fp32 = (_head_bytes(engines[label][0]) for label in (STUDENT, STUDENT_FP32))
     return [
-        _at_least(
+        at_least(
             "int8: rank correlation of words' mutual information with fp32", correlation, 0.95
         ),
-        _at_most(
+        at_most(
             f"vocabulary heads in int8 over fp32, {int8} of {fp32} bytes", int8 / max(1, fp32), 0.35
         ),
     ]
@@ -269,21 +237,3 @@ def _draw(
         picture.save(folder / f"{name}.png")
         draw(picture, answers[STUDENT][place + best], folder / f"{name}-drawn.png")
         place += len(group)
-
-
-def _at_most(name: str, value: float, limit: float) -> Check:
-    return Check(name, value, f"≤ {limit:g}", value <= limit)
-
-
-def _at_least(name: str, value: float, limit: float) -> Check:
-    return Check(name, value, f"≥ {limit:g}", value >= limit)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("   {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console)
