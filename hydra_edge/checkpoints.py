@@ -17,9 +17,10 @@ import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from hydra_edge.artifacts.files import write_atomic
-from hydra_edge.ensembles import Hydra, tensor_state
+from hydra_edge.ensembles import tensor_state
 from hydra_edge.errors import ArtifactError, DistillationError
 
 NAME = "checkpoint.safetensors"
@@ -61,7 +62,7 @@ def write(
     identity: Mapping[str, str],
     position: tuple[int, int, int],
     losses: tuple[list[float], list[float]],
-    student: Hydra,
+    student: nn.Module,
     optimizer: Any,
     scaler: Any,
 ) -> None:

@@ -30,9 +30,10 @@ import torch
 from rich.progress import Progress
 
 from hydra_edge import teachers
+from hydra_edge.artifacts.files import make_folder
 from hydra_edge.distillation_config import DistillationConfig as DistillationConfig
 from hydra_edge.ensembles import Ensemble, Hydra
-from hydra_edge.errors import ArtifactError, DistillationError, InputError, require
+from hydra_edge.errors import DistillationError, InputError, require
 from hydra_edge.perturbations import Augment as Augment
 from hydra_edge.preflight import check_outputs, check_request
 from hydra_edge.processes import Processes, joined
@@ -257,15 +258,7 @@ def _folder(workdir: Path | str | None, processes: Processes) -> Iterator[Path]:
             yield Path(processes.from_main(name))
             processes.wait()
         return
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ArtifactError(
-            f"The folder '{workdir}' cannot be made: {exc.strerror}.",
-            "The run keeps its checkpoint there.",
-            "Choose another workdir.",
-        ) from exc
-    yield Path(workdir)
+    yield make_folder(workdir)
 
 
 def _callers_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -186,7 +186,7 @@ def identity(ensemble: Ensemble | EnsembleShare, processes: Processes) -> str:
     else:
         own = dict(zip(ensemble.indices, ensemble.members, strict=True))
     digests: dict[int, str] = {}
-    for part in processes.gather({index: _digest(member) for index, member in own.items()}):
+    for part in processes.gather({index: digest(member) for index, member in own.items()}):
         digests |= part
     text = f"{ensemble.task} {[digests[index] for index in sorted(digests)]}"
     return hashlib.sha256(text.encode()).hexdigest()
@@ -211,7 +211,8 @@ def device_of(module: nn.Module) -> torch.device:
     return tensor.device if tensor is not None else torch.device("cpu")
 
 
-def _digest(member: nn.Module) -> str:
+def digest(member: nn.Module) -> str:
+    """Hash of what a network is built of and of its weights."""
     hasher = hashlib.sha256(architecture(member).encode())
     hash_tensors(hasher, tensor_state(member).values())
     return hasher.hexdigest()

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,45 +143,52 @@ def in_c_order(array: Array) -> Array:
     return np.ascontiguousarray(array) if array.ndim else array
 
 
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    """Its name; numpy puts it together anew each time, which costs as much as all other checks."""
+    return str(dtype)
+
+
 def check_shapes(values: Mapping[str, Shaped], specs: tuple[TensorSpec, ...]) -> None:
     """Check that ``values``, on whatever device, are exactly the declared inputs.
 
     Raises:
         InputError: A name is missing or unknown, or a shape, dtype or batch does not fit.
     """
-    expected = "; ".join(map(str, specs))
-    unknown = sorted(set(values) - {spec.name for spec in specs})
-    if unknown:
+    if unknown := values.keys() - {spec.name for spec in specs}:
         raise InputError(
-            f"There is no input '{unknown[0]}'.", f"The inputs are {expected}.", "Use those names."
+            f"There is no input '{min(unknown)}'.",
+            f"The inputs are {'; '.join(map(str, specs))}.",
+            "Use those names.",
         )
     batches = {}
     for spec in specs:
-        if spec.name not in values:
+        array = values.get(spec.name)
+        if array is None:
             raise InputError(
                 f"The input '{spec.name}' is missing.",
-                f"The inputs are {expected}.",
+                f"The inputs are {'; '.join(map(str, specs))}.",
                 "Pass all of them.",
             )
-        array = values[spec.name]
-        if str(array.dtype) != spec.dtype:
+        shape = array.shape
+        if _name(array.dtype) != spec.dtype:
             raise InputError(
                 f"The input '{spec.name}' has dtype {array.dtype}.",
                 f"The engine takes {spec.dtype}; converting silently could hide a wrong scale.",
                 f"Convert it: x.astype('{spec.dtype}').",
             )
-        fits = len(array.shape) == len(spec.shape) and all(
-            isinstance(size, str) or size == found
-            for size, found in zip(spec.shape, array.shape, strict=True)
+        fits = len(shape) == len(spec.shape) and all(
+            size == found or isinstance(size, str)
+            for size, found in zip(spec.shape, shape, strict=True)
         )
         if not fits:
             raise InputError(
-                f"The input '{spec.name}' has shape {list(array.shape)}.",
+                f"The input '{spec.name}' has shape {list(shape)}.",
                 f"Declared is {spec}.",
                 "Give it that rank and those sizes; named axes may have any size.",
             )
         if spec.shape and isinstance(spec.shape[0], str):
-            batches[spec.name] = array.shape[0]
+            batches[spec.name] = shape[0]
     if len(set(batches.values())) > 1:
         raise InputError(
             f"The inputs have different batch sizes: {batches}.",

@@ -15,6 +15,24 @@ from hydra_edge.errors import ArtifactError
 NPY_HEADER_ERRORS = (SyntaxError, TypeError, IndexError, OverflowError, tokenize.TokenError)
 
 
+def make_folder(path: str | Path) -> Path:
+    """A folder that a run keeps its state in, made where it is missing.
+
+    Raises:
+        ArtifactError: It cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ArtifactError(
+            f"The folder '{path}' cannot be made: {exc.strerror}.",
+            "The run keeps its checkpoint there.",
+            "Choose another workdir.",
+        ) from exc
+    return path
+
+
 def write_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> Path:
     """Write ``data`` to ``path`` in one step: readers see the old file or the new, never a part.
 

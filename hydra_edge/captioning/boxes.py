@@ -19,14 +19,16 @@ def overlaps(a: npt.ArrayLike, b: npt.ArrayLike) -> Float:
         ``[N, K]`` in 0..1; 0 where both boxes are empty.
     """
     left, right = np.asarray(a, np.float64)[:, None], np.asarray(b, np.float64)[None]
-    sides = np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2])
-    shared = np.clip(sides, 0, None).prod(-1)
-    union = _areas(left) + _areas(right) - shared
-    return np.asarray(np.divide(shared, union, out=np.zeros_like(shared), where=union > 0))
+    low, high = np.maximum(left[..., :2], right[..., :2]), np.minimum(left[..., 2:], right[..., 2:])
+    shared = _areas(low, high)
+    union = _areas(left[..., :2], left[..., 2:]) + _areas(right[..., :2], right[..., 2:]) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def _areas(boxes: Float) -> Float:
-    return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(-1))
+def _areas(low: Float, high: Float) -> Float:
+    """Of boxes from a corner to the opposite one, both ``[…, 2]``; 0 where one is not beyond."""
+    sides = np.maximum(high - low, 0)
+    return np.asarray(sides[..., 0] * sides[..., 1])
 
 
 def suppress(
@@ -46,8 +48,10 @@ def suppress(
         ONNX's NonMaxSuppression.
     """
     values = np.asarray(scores)
-    order = np.argsort(-values, kind="stable")
-    order = order[values[order] > score]
+    order = np.flatnonzero(values > score)
+    order = order[np.argsort(-values[order], kind="stable")]
+    if len(order) < 2:
+        return order[:most]
     corners = np.asarray(boxes)[order]
     kept: list[int] = []
     alive = np.ones(len(order), bool)

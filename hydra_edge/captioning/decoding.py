@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.captioning.models import CaptionModel, Said
+from hydra_edge.captioning.models import CaptionModel, Rows, Said
 from hydra_edge.captioning.vocabulary import END_INDEX, MAX_WORDS
 from hydra_edge.errors import InputError
 
@@ -72,9 +72,44 @@ def decode(
         part = [rows[start : start + size] for rows in states]
         count = len(part[0])
         short = max(0, -(-least // beam) - count)  # a program may need a few rows at least
-        padded = [np.concatenate([rows, np.repeat(rows[-1:], short, 0)]) for rows in part]
-        found += _search(model, padded, beam, words)[:count]
+        padded = [
+            np.concatenate([rows, np.repeat(rows[-1:], short, 0)]) if short else rows
+            for rows in part
+        ]
+        captions = (
+            _search(model, padded, beam, words) if beam > 1 else _greedy(model, padded, words)
+        )
+        found += captions[:count]
     return found
+
+
+def _greedy(model: CaptionModel, states: Sequence[npt.NDArray[Any]], words: int) -> list[Caption]:
+    """`_search` with one hypothesis per region, at less cost than a step of a small model has."""
+    regions = np.arange(len(states[0]))
+    state = model.begin(states)
+    last = np.full(len(regions), END_INDEX, np.int64)
+    ended = np.zeros(len(regions), bool)
+    found: list[Said] = []
+    spoken: list[Rows] = []
+    while len(found) <= words and not ended.all():
+        said = model.step(last, state)
+        last = said.mean_prob.argmax(1)
+        last[ended] = END_INDEX
+        ended |= last == END_INDEX
+        state = said.state
+        found.append(said)
+        spoken.append(last)
+    chosen = np.array(
+        [said.mean_prob[regions, last] for said, last in zip(found, spoken, strict=True)]
+    )
+    log = _log(chosen)
+    doubts = [np.array([getattr(said, name) for said in found], np.float64) for name in _DOUBTS]
+    captions = []
+    for region, own in enumerate(np.array(spoken).T):
+        length = _length(own)
+        score = float(log[:length, region].sum())
+        captions.append(Caption(own[:length], score, *(d[:length, region] for d in doubts)))
+    return captions
 
 
 def _search(
@@ -83,56 +118,69 @@ def _search(
     """Beam search for R regions, whose hypotheses lie side by side: row ``region * beam + place``.
 
     An ended hypothesis stays in the beam as it is, and is what the region says once it is the best.
+    The beam holds parents, not whole captions: those are read from the last step to the first.
     """
     regions = len(states[0])
+    in_place = parents = np.arange(regions * beam)
     state = model.begin([np.repeat(rows, beam, 0) for rows in states])
     last = np.full(regions * beam, END_INDEX, np.int64)
-    spoken = np.zeros((regions * beam, 0), np.int64)
-    doubts = np.zeros((regions * beam, 0, len(_DOUBTS)))
     scores = np.full((regions, beam), -np.inf)
     scores[:, 0] = 0.0  # all hypotheses begin as the same one
     ended = np.zeros(regions * beam, bool)
-    for place in range(words + 1):
+    steps: list[tuple[Said, Rows, Rows]] = []
+    while len(steps) <= words and not ended.all():
+        if not np.array_equal(parents, in_place):
+            state = model.reorder(state, parents)
         said = model.step(last, state)
-        options = scores.reshape(-1, 1) + _log(said, ended)
-        size = options.shape[1]
-        flat = options.reshape(regions, -1)
-        best = _best(flat, beam)
-        scores = np.take_along_axis(flat, best, 1)
-        parents = (best // size + np.arange(regions)[:, None] * beam).reshape(-1)
-        last = (best % size).reshape(-1)
-        new = np.stack([np.asarray(getattr(said, name), np.float64) for name in _DOUBTS], -1)
-        new[ended] = np.nan  # said nothing more
-        spoken = np.concatenate([spoken[parents], np.where(ended[parents], -1, last)[:, None]], 1)
-        doubts = np.concatenate([doubts[parents], new[parents, None]], 1)
+        scores, parents, last = _extend(np.asarray(said.mean_prob), scores, ended)
+        steps.append((said, parents, last))
         ended = ended[parents] | (last == END_INDEX)
-        if ended.all() or place == words:
-            break
-        in_place = beam == 1 or np.array_equal(parents, np.arange(len(parents)))
-        state = said.state if in_place else model.reorder(said.state, parents)
-    winners = np.arange(regions) * beam  # the best come first
-    return [
-        _caption(spoken[row], doubts[row], float(scores[index, 0]))
-        for index, row in enumerate(winners)
-    ]
+        state = said.state
+    rows = in_place[::beam]  # the best come first
+    spoken = np.empty((regions, len(steps)), np.int64)
+    doubts = np.empty((len(_DOUBTS), regions, len(steps)))
+    for place, (said, parents, chosen) in reversed(list(enumerate(steps))):
+        spoken[:, place] = chosen[rows]
+        rows = parents[rows]
+        for values, name in zip(doubts, _DOUBTS, strict=True):
+            values[:, place] = getattr(said, name)[rows]
+    captions = []
+    for region, own in enumerate(spoken):
+        length = _length(own)
+        score = float(scores[region, 0])
+        captions.append(Caption(own[:length], score, *doubts[:, region, :length]))
+    return captions
 
 
-def _log(said: Said, ended: npt.NDArray[np.bool_]) -> Float:
-    """Logarithms of what may come next ``[R, V]``; behind an end only the end, at no cost."""
-    prob = np.asarray(said.mean_prob, np.float64)
-    log = np.log(np.maximum(prob, np.finfo(np.float64).tiny))
-    log[ended] = -np.inf
-    log[ended, END_INDEX] = 0.0
-    return np.asarray(log)
+def _extend(prob: Float, scores: Float, ended: npt.NDArray[np.bool_]) -> tuple[Float, Rows, Rows]:
+    """The best continuations of each region's hypotheses.
+
+    Args:
+        prob: Of what may come next, ``[R * beam, V]``.
+        scores: Of the hypotheses ``[R, beam]``.
+        ended: Behind an end comes only the end, at no cost.
+
+    Returns:
+        Their scores ``[R, beam]``, which hypothesis each continues, and its word, both
+        ``[R * beam]``.
+    """
+    regions, beam = scores.shape
+    options = _log(prob)
+    options[ended] = -np.inf
+    options[ended, END_INDEX] = 0.0
+    options += scores.reshape(-1, 1)
+    size = options.shape[1]
+    flat = options.reshape(regions, -1)
+    best = np.argsort(-flat, axis=1, kind="stable")[:, :beam]  # of equal ones the first
+    parents = best // size + np.arange(regions)[:, None] * beam
+    return np.take_along_axis(flat, best, 1), parents.reshape(-1), (best % size).reshape(-1)
 
 
-def _best(options: Float, beam: int) -> npt.NDArray[np.int64]:
-    """Indices of the ``beam`` largest of each row, the largest first; of equal ones the first."""
-    if beam == 1:
-        return np.asarray(options.argmax(1)[:, None])
-    return np.asarray(np.argsort(-options, axis=1, kind="stable")[:, :beam])
+def _log(prob: Float) -> Float:
+    return np.log(np.maximum(prob, np.finfo(np.float64).tiny, dtype=np.float64))
 
 
-def _caption(spoken: npt.NDArray[np.int64], doubts: Float, score: float) -> Caption:
-    said = spoken >= 0
-    return Caption(spoken[said], score, *(doubts[said, i] for i in range(len(_DOUBTS))))
+def _length(words: Rows) -> int:
+    """Words up to the first end."""
+    ends = np.flatnonzero(words == END_INDEX)
+    return int(ends[0]) + 1 if len(ends) else len(words)

@@ -1,8 +1,12 @@
 """`distill_captioner`: a student imitates an ensemble, box by box and word by word.
 
 As in `hydra_edge.distillation`, first one head imitates the members' mean, then it is copied to all
-heads and each imitates a member: Tran et al. 2020, arXiv 2001.04694. The words before each word are
-the ensemble's own (teacher forcing), so no labels are used.
+heads and each imitates a member: Tran et al. 2020, arXiv 2001.04694. No labels are used.
+
+What a run keeps in its work folder, so that a kill costs an epoch at most:
+
+    lessons.safetensors       what the members say of the images
+    checkpoint.safetensors    weights, optimizer state, losses and position
 """
 
 from __future__ import annotations
@@ -11,26 +15,26 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from hydra_edge import tasks
-from hydra_edge.captioning.boxes import suppress
-from hydra_edge.captioning.networks import (
-    CaptionEnsemble,
-    Captioner,
-    boxes_of,
-    summarize_votes,
-)
+from hydra_edge import checkpoints, tasks
+from hydra_edge.artifacts.files import make_folder
+from hydra_edge.captioning.lessons import Lessons, prepare
+from hydra_edge.captioning.networks import CaptionEnsemble, Captioner, boxes_of
 from hydra_edge.captioning.training import unroll, without_denormals
-from hydra_edge.captioning.vocabulary import END_INDEX, MAX_WORDS, PADDING
+from hydra_edge.captioning.vocabulary import PADDING
+from hydra_edge.checkpoints import Checkpoint
 from hydra_edge.errors import DistillationError, InputError
 from hydra_edge.tasks.dense_captioning import rows_of
+from hydra_edge.teachers import digest
 
-_OVERLAP = 0.4
+_PHASES = ("mean", "heads")
+LESSONS = "lessons.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,31 +81,14 @@ class CaptionDistillationConfig:
             )
 
 
-@dataclass(frozen=True)
-class Lessons:
-    """What an ensemble says of images: what its student learns.
-
-    Attributes:
-        votes: ``[M, N, cells, 5]``.
-        image: Which image each of R regions is of, ``[R]``.
-        cell: ``[R]``.
-        words: What the ensemble says of it, ``[R, T]``.
-        logits: What its members would say at each word, ``[M, R, T, V]``.
-    """
-
-    votes: torch.Tensor
-    image: torch.Tensor
-    cell: torch.Tensor
-    words: torch.Tensor
-    logits: torch.Tensor
-
-
 def distill_captioner(
     ensemble: CaptionEnsemble,
     student: Captioner,
     images: npt.NDArray[np.float32],
     config: CaptionDistillationConfig = CaptionDistillationConfig(),
     on_epoch: Callable[[str, float], None] = lambda phase, loss: None,
+    *,
+    workdir: Path | str | None = None,
 ) -> Captioner:
     """Train a copy of ``student`` to imitate ``ensemble`` on images without labels.
 
@@ -110,14 +97,19 @@ def distill_captioner(
         student: With as many heads of each kind as there are members, and their grid.
         images: ``[N, 3, H, W]``.
         config: How.
-        on_epoch: Called with the phase, ``mean`` or ``heads``, and the mean loss of every epoch.
+        on_epoch: Called with the phase, ``mean`` or ``heads``, and the mean loss of every epoch;
+            for those of an earlier run, too.
+        workdir: Where the run keeps the members' answers and its checkpoint; the same call goes on
+            from there, and ends as if it had not been interrupted. None keeps nothing.
 
     Returns:
         The student in eval mode.
 
     Raises:
         InputError: The student does not fit the ensemble.
-        DistillationError: The ensemble finds nothing on any image, or the loss is not finite.
+        DistillationError: The ensemble finds nothing on any image, the loss is not finite, or the
+            folder belongs to another run.
+        ArtifactError: A file of the folder is damaged or cannot be written.
     """
     if student.head_count != ensemble.head_count or student.vocabulary != ensemble.vocabulary:
         raise InputError(
@@ -126,104 +118,105 @@ def distill_captioner(
             "each head imitates a member, word by word.",
             "Give both the same vocabulary, and the student a head per member.",
         )
-    student = copy.deepcopy(student)
-    lessons = prepare(ensemble, images, config)
-    pixels = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-    for phase, epochs in (("mean", config.epochs_mean), ("heads", config.epochs_heads)):
-        if phase == "heads" and config.epochs_mean:
-            for heads in (student.heads, student.box_heads):
-                for head in list(heads)[1:]:
-                    head.load_state_dict(heads[0].state_dict())
-        with without_denormals():
-            _train(student, pixels, lessons, config, phase, epochs, on_epoch)
-    return student.eval()
-
-
-@torch.no_grad()
-def prepare(
-    ensemble: CaptionEnsemble, images: npt.NDArray[np.float32], config: CaptionDistillationConfig
-) -> Lessons:
-    """Run the members once.
-
-    Raises:
-        DistillationError: They find nothing on any image.
-    """
-    parts = []
-    for start in range(0, len(images), config.batch_size):
-        batch = torch.from_numpy(images[start : start + config.batch_size])
-        votes, states = ensemble.encode(batch)
-        boxes, scores, *_ = summarize_votes(votes)
-        kept = [
-            suppress(b, s, overlap=_OVERLAP, score=config.score, most=config.most)
-            for b, s in zip(boxes.numpy(), scores.numpy(), strict=True)
-        ]
-        image = torch.from_numpy(np.repeat(np.arange(len(kept)), [len(cells) for cells in kept]))
-        cell = torch.from_numpy(np.concatenate(kept))
-        words, logits = _speak(ensemble, states[image, cell])
-        parts.append(Lessons(votes, image + start, cell, words, logits))
-    regions = sum(len(part.cell) for part in parts)
-    if not regions:
-        raise DistillationError(
-            f"The ensemble finds nothing on {len(images)} images.",
-            f"No cell has a probability above {config.score}, so there are no captions to learn.",
-            "Check the members, or lower the score.",
-        )
-    return Lessons(
-        votes=torch.cat([part.votes for part in parts], 1),
-        image=torch.cat([part.image for part in parts]),
-        cell=torch.cat([part.cell for part in parts]),
-        words=torch.cat([part.words for part in parts]),
-        logits=torch.cat([part.logits for part in parts], 1),
+    folder = None if workdir is None else make_folder(workdir)
+    lessons = prepare(
+        ensemble,
+        images,
+        score=config.score,
+        most=config.most,
+        batch_size=config.batch_size,
+        file=folder and folder / LESSONS,
     )
+    pixels = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+    run = _Run(copy.deepcopy(student), pixels, lessons, config, on_epoch, folder, digest(student))
+    with without_denormals():
+        run.finish()
+    return run.student.eval()
 
 
-def _speak(ensemble: CaptionEnsemble, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy captions ``[R, T]`` of the mean, and members' logits ``[M, R, T, V]`` along them."""
-    last = torch.full((len(states),), END_INDEX)
-    ended = torch.zeros(len(states), dtype=torch.bool)
-    words, logits = [], []
-    for _ in range(MAX_WORDS + 1):
-        said, states = ensemble.step(last, states)
-        last = said.softmax(-1).mean(0).argmax(-1)
-        words.append(torch.where(ended, PADDING, last))
-        logits.append(said)
-        ended = ended | (last == END_INDEX)
-    return torch.stack(words, 1), torch.stack(logits, 2)
+@dataclass
+class _Run:
+    """A student on its way."""
 
+    student: Captioner
+    images: torch.Tensor
+    lessons: Lessons
+    config: CaptionDistillationConfig
+    on_epoch: Callable[[str, float], None]
+    folder: Path | None
+    untrained: str
 
-def _train(
-    student: Captioner,
-    images: torch.Tensor,
-    lessons: Lessons,
-    config: CaptionDistillationConfig,
-    phase: str,
-    epochs: int,
-    on_epoch: Callable[[str, float], None],
-) -> None:
-    optimizer = torch.optim.AdamW(student.parameters(), config.learning_rate, weight_decay=1e-4)
-    generator = torch.Generator().manual_seed(config.seed)
-    student.train()
-    steps = max(1, len(images) // config.batch_size)
-    for epoch in range(epochs):
+    def finish(self) -> None:
+        """Train what is left of both phases."""
+        config, begin = self.config, self._kept()
+        for phase, epochs in enumerate((config.epochs_mean, config.epochs_heads)):
+            start = begin if phase == begin.phase else Checkpoint(phase)
+            losses = begin.losses[phase]
+            for loss in losses:
+                self.on_epoch(_PHASES[phase], loss)
+            if phase < begin.phase:
+                continue
+            if phase and not start.epoch and config.epochs_mean:
+                for heads in (self.student.heads, self.student.box_heads):
+                    for head in list(heads)[1:]:
+                        head.load_state_dict(heads[0].state_dict())
+            optimizer = torch.optim.AdamW(
+                self.student.parameters(), config.learning_rate, weight_decay=1e-4
+            )
+            if start.optimizer:
+                optimizer.load_state_dict(
+                    {"state": start.optimizer, "param_groups": start.param_groups}
+                )
+            self.student.train()
+            for epoch in range(start.epoch, epochs):
+                losses.append(self._epoch(phase, epoch, epochs, optimizer))
+                if self.folder:
+                    position = (phase, epoch + 1, 0)
+                    checkpoints.write(
+                        *(self.folder, self._identity, position, begin.losses),
+                        *(self.student, optimizer, None),
+                    )
+                self.on_epoch(_PHASES[phase], losses[-1])
+
+    def _kept(self) -> Checkpoint:
+        if self.folder is None:
+            return Checkpoint()
+        kept = checkpoints.read(self.folder, self._identity)
+        if kept.started:
+            self.student.load_state_dict(dict(kept.student))
+        return kept
+
+    @property
+    def _identity(self) -> dict[str, str]:
+        # What the lessons depend on is part of theirs.
+        return {"config": repr(self.config), "student": self.untrained}
+
+    def _epoch(
+        self, phase: int, epoch: int, epochs: int, optimizer: torch.optim.Optimizer
+    ) -> float:
+        """Train once on every image; the mean loss."""
+        images, config = self.images, self.config
+        (word,) = np.random.SeedSequence([config.seed, phase, epoch]).generate_state(1)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(word)))
+        steps = max(1, len(images) // config.batch_size)
         total = 0.0
-        order = torch.randperm(len(images), generator=generator)
         for index, batch in enumerate(torch.split(order, -(-len(images) // steps))):
             for group in optimizer.param_groups:
                 done = (epoch + index / steps) / epochs
                 group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
             optimizer.zero_grad()
-            loss = imitation_loss(student, images, lessons, batch, config, phase)
+            loss = imitation_loss(self.student, images, self.lessons, batch, config, _PHASES[phase])
             if not torch.isfinite(loss):
                 raise DistillationError(
-                    f"The loss is {loss.item()} in epoch {epoch + 1} of phase '{phase}'.",
+                    f"The loss is {loss.item()} in epoch {epoch + 1} of phase '{_PHASES[phase]}'.",
                     "Training cannot go on from there.",
                     "Lower the learning rate.",
                 )
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
             optimizer.step()
             total += loss.item() / steps
-        on_epoch(phase, total)
+        return total
 
 
 def imitation_loss(

@@ -230,7 +230,7 @@ class MembersModel:
 
 def _floats(value: Array | DeviceArray) -> Float:
     array = value.numpy() if isinstance(value, DeviceArray) else value
-    assert np.issubdtype(array.dtype, np.floating)
+    assert array.dtype.kind == "f"
     return array  # type: ignore[return-value]
 
 

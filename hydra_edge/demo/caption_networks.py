@@ -9,8 +9,8 @@ from hydra_edge.captioning.networks import Captioner
 from hydra_edge.demo.scenes import vocabulary
 
 HEADS = 5
-_FEATURES = 64
-_HIDDEN = 64
+_FEATURES = 96
+_HIDDEN = 128
 
 
 class _Context(nn.Module):
@@ -35,12 +35,12 @@ def _block(
 
 
 def body() -> nn.Sequential:
-    """Four convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 64, 8, 8]``."""
+    """Four convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 96, 8, 8]``."""
     return nn.Sequential(
-        *_block(3, 24, 2, size=5),
-        *_block(24, 48, 2),
-        *_block(48, 64, 2),
-        *_block(64, _FEATURES, dilation=2),
+        *_block(3, 32, 2, size=5),
+        *_block(32, 64, 2),
+        *_block(64, 96, 2),
+        *_block(96, _FEATURES, dilation=2),
         _Context(_FEATURES),
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,11 @@ from captioners import GRID, WORDS, images, network, painted
 from torch.nn import functional
 
 from hydra_edge.captioning.distillation import (
+    LESSONS,
     CaptionDistillationConfig,
     distill_captioner,
-    prepare,
 )
+from hydra_edge.captioning.lessons import prepare
 from hydra_edge.captioning.networks import CaptionEnsemble, Captioner, summarize_votes
 from hydra_edge.captioning.scenes import Scene, images_of
 from hydra_edge.captioning.training import (
@@ -24,7 +28,7 @@ from hydra_edge.captioning.training import (
     unroll,
 )
 from hydra_edge.captioning.vocabulary import PADDING, Vocabulary
-from hydra_edge.errors import DistillationError, InputError
+from hydra_edge.errors import ArtifactError, DistillationError, InputError
 from hydra_edge.tasks.dense_captioning import rows_of
 
 SCENES = painted(64, seed=0)
@@ -75,7 +79,7 @@ def test_a_student_imitates_each_member(members: list[Captioner]) -> None:
     assert losses[-1][1] < losses[20][1]
     assert all(torch.equal(value, untrained.state_dict()[name]) for name, value in before.items())
     assert right_words(student, painted(40, seed=2)) == 1.0
-    lessons = prepare(ensemble, pixels, DISTILLATION)
+    lessons = prepare(ensemble, pixels, score=0.15, most=6)
     with torch.no_grad():
         _, states = student.encode(torch.from_numpy(pixels))
         said = rows_of(
@@ -98,7 +102,7 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 def test_lessons_are_what_the_members_say_along_the_mean(members: list[Captioner]) -> None:
     ensemble = CaptionEnsemble(members)
     pixels = images_of(SCENES[:20])
-    lessons = prepare(ensemble, pixels, DISTILLATION)
+    lessons = prepare(ensemble, pixels, score=0.15, most=6)
     votes, states = ensemble.encode(torch.from_numpy(pixels))
     torch.testing.assert_close(lessons.votes, votes)
     spoken = unroll(ensemble, states[lessons.image, lessons.cell], lessons.words)
@@ -107,6 +111,80 @@ def test_lessons_are_what_the_members_say_along_the_mean(members: list[Captioner
     greedy = spoken.softmax(-1).mean(0).argmax(-1)
     said = lessons.words != PADDING
     assert torch.equal(greedy[said], lessons.words[said])
+
+
+class KilledError(Exception):
+    pass
+
+
+class Log(list[tuple[str, float]]):
+    """Losses, until the run is killed in epoch ``last``."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def __call__(self, phase: str, loss: float) -> None:
+        self.append((phase, loss))
+        if len(self) > self.last:
+            raise KilledError
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, members: list[Captioner]) -> None:
+    ensemble, pixels = CaptionEnsemble(members), images_of(SCENES[:16])
+    config = replace(DISTILLATION, epochs_mean=2, epochs_heads=3, batch_size=8)
+    whole: list[tuple[str, float]] = []
+    wanted = distill_captioner(
+        ensemble, network(2, 11), pixels, config, lambda *loss: whole.append(loss)
+    )
+    for last in range(5):  # killed after every epoch
+        seen = Log(last)
+        with pytest.raises(KilledError):
+            distill_captioner(
+                ensemble, network(2, 11), pixels, config, seen, workdir=tmp_path / "run"
+            )
+        assert [phase for phase, _ in seen] == [phase for phase, _ in whole[: last + 1]]
+        np.testing.assert_allclose([v for _, v in seen], [v for _, v in whole[: last + 1]])
+    ended: list[tuple[str, float]] = []
+    found = distill_captioner(
+        ensemble,
+        network(2, 11),
+        pixels,
+        config,
+        lambda *loss: ended.append(loss),
+        workdir=tmp_path / "run",
+    )
+    assert len(ended) == 5
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+def test_a_work_folder_belongs_to_one_run(tmp_path: Path, members: list[Captioner]) -> None:
+    ensemble, pixels = CaptionEnsemble(members), images_of(SCENES[:16])
+    config = replace(DISTILLATION, epochs_mean=1, epochs_heads=1)
+
+    def again(
+        of: CaptionEnsemble = ensemble,
+        student: int = 11,
+        images: np.ndarray = pixels,
+        how: CaptionDistillationConfig = config,
+    ) -> None:
+        distill_captioner(of, network(2, student), images, how, workdir=tmp_path)
+
+    again()
+    with pytest.raises(DistillationError, match="a run with another config"):
+        again(how=replace(config, learning_rate=1e-3))
+    with pytest.raises(DistillationError, match="a run with another student"):
+        again(student=12)
+    with pytest.raises(DistillationError, match="holds lessons of other images"):
+        again(images=1 - pixels)
+    with pytest.raises(DistillationError, match="lessons of other choice of regions"):
+        again(how=replace(config, most=1))
+    with pytest.raises(DistillationError, match="holds lessons of other ensemble"):
+        again(CaptionEnsemble(members[::-1]))
+    (tmp_path / LESSONS).write_bytes(b"nothing")
+    with pytest.raises(ArtifactError, match="Delete it, and the members are run again"):
+        again()
 
 
 def test_padding_teaches_nothing() -> None:
