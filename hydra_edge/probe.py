@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def measure_startup(engines: Sequence[Engine], batch: int, threads: int) -> Star
 
     Args:
         engines: One engine, or the members of an ensemble.
-        batch: Samples of one run.
+        batch: Samples of one run; an engine of several programs runs each on its recorded batch.
         threads: CPU threads of one run.
     """
     with tempfile.TemporaryDirectory(prefix="hydra-edge-") as folder:
@@ -107,12 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     sessions = [runtime.load(path, threads=options.threads) for path in options.engines]
     load_ms = (time.perf_counter() - start) * 1e3
-    feeds = equivalence.random_inputs(sessions[0].inputs, batch=options.batch)
+    calls = [call for session in sessions for call in _calls(session, options.batch)]
     run_ms = []
     for _ in range(_RUNS):
         start = time.perf_counter()
-        for session in sessions:
-            session.run(feeds)
+        for call in calls:
+            call()
         run_ms.append((time.perf_counter() - start) * 1e3)
     found: dict[str, Figure] = {
         "load_ms": load_ms,
@@ -124,6 +125,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         session.close()
     plain = {name: v if isinstance(v, float) else v.reason for name, v in found.items()}
     sys.stdout.write(json.dumps(plain) + "\n")
+
+
+def _calls(session: runtime.Session, batch: int) -> list[Callable[[], object]]:
+    """What one run is: of several programs, each on the batch that was recorded of it.
+
+    Those feed each other, and what one gives the next may not be random, e.g. numbers of rows.
+    """
+    programs = session.engine.programs
+    if len(programs) == 1:
+        return [partial(session.run, equivalence.random_inputs(session.inputs, batch=batch))]
+    return [
+        partial(session.run, dict(program.golden.inputs), program=name)
+        for name, program in programs.items()
+    ]
 
 
 def _figure(value: object) -> Figure:

@@ -8,6 +8,7 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
+import captioners
 import pytest
 from onnx_models import tiny_engine
 
@@ -23,6 +24,12 @@ def test_a_fresh_process_loads_and_runs() -> None:
         assert isinstance(found.base_memory_mb, float)
         assert isinstance(found.peak_memory_mb, float)
         assert 1 < found.base_memory_mb <= found.peak_memory_mb
+
+
+def test_programs_run_on_what_was_recorded_of_them() -> None:
+    found = probe.measure_startup([captioners.engine(), captioners.engine("member")], 1, threads=1)
+    assert isinstance(found.first_run_ms, float), found
+    assert isinstance(found.peak_memory_mb, float), found
 
 
 def test_a_process_that_fails_is_a_reason_without_paths() -> None:

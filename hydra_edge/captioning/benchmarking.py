@@ -30,7 +30,6 @@ from hydra_edge.runtime import Session
 _BATCH = 16  # images that quality is judged in
 _SLICES = 8  # parts of the images that a captioner is timed on in turn
 _NO_SENSOR = NotMeasured("hydra-edge reads no power sensor on this target")
-_NO_PROBE = NotMeasured("a fresh process is asked about engines of one program only")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,16 @@ def benchmark_captioners(
         for label, describer in describers.items()
     }
     rows = [
-        _row(label, contender, answers[label], scenes, answers[reference], label == reference)
+        _row(
+            label,
+            contender,
+            answers[label],
+            scenes,
+            None if label == reference else answers[reference],
+            probe.measure_startup(
+                contender.engines, max(protocol.batches), contender.sessions[0].threads
+            ),
+        )
         for label, contender in contenders.items()
     ]
     backends = [engine.backend for one in contenders.values() for engine in one.engines]
@@ -136,6 +144,7 @@ def benchmark_captioners(
             f"meteor is {METEOR_NAME}; map is over boxes and METEOR, detection_map over boxes.",
             "Latency is of whole images: encoder, suppression of boxes, and all words. FLOP per "
             "sample counts as many regions and words as were found on the scenes.",
+            "First runs and memory are of every program on its recorded batch.",
             "mi_rank_correlation is of the captions' summed mutual information, over the regions "
             "that both found on all images.",
         ),
@@ -148,8 +157,8 @@ def _row(
     contender: Contender,
     found: Answers,
     scenes: Sequence[Scene],
-    reference: Answers,
-    is_reference: bool,
+    reference: Answers | None,
+    startup: probe.Startup,
 ) -> SessionRow:
     engines, first = contender.engines, contender.engines[0]
     regions = [region for each in found[: len(scenes)] for region in each]
@@ -170,7 +179,7 @@ def _row(
         "mutual_information": sum(region.mutual for region in regions) / count,
         "predictive_entropy": sum(region.total for region in regions) / count,
     }
-    if not is_reference:
+    if reference is not None:
         correlation, matched = mutual_rank_correlation(found, reference)
         per_box, _ = mutual_rank_correlation(found, reference, "score_mi")
         quality |= {"matched_regions": float(matched)}
@@ -194,10 +203,10 @@ def _row(
         weight_bytes=sum(one.weight_bytes for one in every),
         parameters=sum(one.parameters for one in every),
         flops_per_sample=flops["encode"] + flops["step"] * said,
-        load_ms=_NO_PROBE,
-        first_run_ms=_NO_PROBE,
-        base_memory_mb=_NO_PROBE,
-        peak_memory_mb=_NO_PROBE,
+        load_ms=startup.load_ms,
+        first_run_ms=startup.first_run_ms,
+        base_memory_mb=startup.base_memory_mb,
+        peak_memory_mb=startup.peak_memory_mb,
         energy_mj=_NO_SENSOR,
         quality=quality,
     )

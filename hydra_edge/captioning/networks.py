@@ -95,10 +95,9 @@ class Captioner(nn.Module):
         self.head_count = heads
         self.hidden = hidden
         self.body = body
-        self.box_heads = nn.ModuleList(nn.Conv2d(features, 5, 1) for _ in range(heads))
+        self.box_heads = nn.ModuleList(linear_heads(heads, features, 5))
         for head in self.box_heads:
-            assert isinstance(head, nn.Conv2d)
-            assert head.bias is not None
+            assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, -2.0)  # most cells hold nothing
         self.start = nn.Linear(features, hidden)
         self.embedding = nn.Embedding(len(self.vocabulary), embedding)
@@ -112,11 +111,9 @@ class Captioner(nn.Module):
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the module's docstring."""
-        maps = self.body(images)
-        votes = torch.stack([head(maps) for head in self.box_heads])
-        features = maps.flatten(2).transpose(1, 2)
-        states = torch.cat([torch.tanh(self.start(features)), features], -1)
-        return votes.flatten(3).transpose(2, 3), states
+        features = self.body(images).flatten(2).transpose(1, 2)
+        votes = torch.stack([head(features) for head in self.box_heads])
+        return votes, torch.cat([torch.tanh(self.start(features)), features], -1)
 
     def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the module's docstring."""
@@ -219,9 +216,10 @@ def summarize_votes(votes: torch.Tensor) -> tuple[torch.Tensor, ...]:
     weights = (weights / weights.sum(0)).unsqueeze(-1)
     mean = (weights * boxes).sum(0)
     spread = (weights * (boxes - mean).square()).sum(0).mean(-1).sqrt()
-    scores = probability.mean(0)
-    doubt = _binary_entropy(scores) - _binary_entropy(probability).mean(0)
-    return mean, scores, doubt.clamp_min(0), spread
+    scores = probability.mean(0, keepdim=True)
+    entropies = _binary_entropy(torch.cat([scores, probability]))
+    doubt = entropies[0] - entropies[1:].mean(0)
+    return mean, scores[0], doubt.clamp_min(0), spread
 
 
 def _binary_entropy(probability: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -14,17 +15,21 @@ from hydra_edge.captioning.training import TrainingConfig, train_captioner
 from hydra_edge.demo import caption_networks, scenes
 from hydra_edge.demo.story import Training
 
-SCENES = 3000
-EPOCHS = 8
 _SEED = 1
 
 
-def trainings() -> dict[str, Training]:
-    """By name, for `story.trained`; the scenes are drawn once, and only if something is trained."""
+def trainings(count: int, epochs: int) -> dict[str, Training]:
+    """By name, for `story.trained`; the scenes are drawn once, and only if something is trained.
+
+    Args:
+        count: Scenes.
+        epochs: Passes over them.
+    """
+    lock = threading.Lock()  # two members may ask at once
 
     @functools.cache
     def data() -> list[Scene]:
-        return scenes.draw(SCENES, _SEED)
+        return scenes.draw(count, _SEED)
 
     def one(index: int) -> Training:
         def build() -> Captioner:
@@ -34,9 +39,11 @@ def trainings() -> dict[str, Training]:
 
         def train(network: nn.Module, on_epoch: Callable[[], None]) -> nn.Module:
             assert isinstance(network, Captioner)
-            config = TrainingConfig(EPOCHS, batch_size=24, learning_rate=5e-3, seed=index)
-            return train_captioner(network, data(), config, lambda _: on_epoch())
+            config = TrainingConfig(epochs, batch_size=24, learning_rate=3e-3, seed=index)
+            with lock:
+                known = data()
+            return train_captioner(network, known, config, lambda _: on_epoch())
 
-        return Training(build, train, EPOCHS)
+        return Training(build, train, epochs)
 
     return {f"member-{index}": one(index) for index in range(caption_networks.HEADS)}

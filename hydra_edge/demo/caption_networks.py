@@ -25,22 +25,20 @@ class _Context(nn.Module):
         return torch.relu(maps + self.mix(maps.mean((2, 3), keepdim=True)))
 
 
-def _block(
-    inputs: int, outputs: int, stride: int = 1, dilation: int = 1, size: int = 3
-) -> list[nn.Module]:
-    padding = size // 2 * dilation
-    conv = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
+def _block(inputs: int, outputs: int, stride: int = 1, size: int = 3) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def body() -> nn.Sequential:
-    """Four convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 96, 8, 8]``."""
+    """Five convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 96, 8, 8]``."""
     return nn.Sequential(
         *_block(3, 32, 2, size=5),
         *_block(32, 64, 2),
         *_block(64, 96, 2),
-        *_block(96, _FEATURES, dilation=2),
+        *_block(96, 96),
+        *_block(96, _FEATURES),
         _Context(_FEATURES),
     )
 
@@ -50,9 +48,20 @@ def member() -> Captioner:
     return _captioner(1)
 
 
-def student() -> Captioner:
-    """One body like a member's, and five heads of each kind."""
-    return _captioner(HEADS)
+def student(start: Captioner) -> Captioner:
+    """One body and decoder like a member's, and five heads of each kind.
+
+    Args:
+        start: A trained member whose weights all of them begin with.
+    """
+    made = _captioner(HEADS)
+    weights = start.state_dict()
+    for name in list(weights):
+        kind, _, rest = name.partition(".0.")
+        if kind in ("heads", "box_heads"):
+            weights |= {f"{kind}.{head}.{rest}": weights[name] for head in range(1, HEADS)}
+    made.load_state_dict(weights)
+    return made
 
 
 def _captioner(heads: int) -> Captioner:
