@@ -140,6 +140,7 @@ def summarize(
     labels: Sequence[str] = (),
     head_logits: bool = True,
     keep: Sequence[str] = (),
+    omit: Sequence[str] = (),
 ) -> Graph:
     """End a graph in the summary op of its task: how a model exported by anybody gets its doubt.
 
@@ -151,6 +152,7 @@ def summarize(
         labels: Names of the C outputs.
         head_logits: Keep the per-head output among the outputs.
         keep: Names of further outputs to keep, e.g. the state of a decoder.
+        omit: Outputs of the summary to leave out: what nobody reads is not computed.
 
     Raises:
         GraphError: The output is missing or has another rank.
@@ -178,6 +180,12 @@ def summarize(
             described.summary_op, [LOGITS], list(described.outputs), "summary", domain=ops.DOMAIN
         )
     )
+    if unknown := sorted(set(omit) - set(described.outputs)):
+        raise InputError(
+            f"The summary of '{task}' has no output '{unknown[0]}' to leave out.",
+            f"It gives {', '.join(described.outputs)}.",
+            "Name some of those.",
+        )
     others = {value.name: value for value in model.graph.output}
     if missing := sorted(set(keep) - set(others)):
         raise GraphError(
@@ -187,7 +195,7 @@ def summarize(
         )
     kept = [others[name] for name in ((LOGITS,) if head_logits else ()) + tuple(keep)]
     del model.graph.output[:]
-    for name in described.outputs:
+    for name in (name for name in described.outputs if name not in omit):
         shape = [batch, width] if name in described.vector_outputs else [batch]
         model.graph.output.append(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)

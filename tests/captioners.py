@@ -116,3 +116,6 @@ class Table:
     def reorder(self, state: State, rows: Rows) -> State:
         assert isinstance(state, np.ndarray)
         return state[rows]
+
+    def speak(self, states: Sequence[npt.NDArray[np.generic]], words: int) -> None:
+        return None

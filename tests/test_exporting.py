@@ -18,12 +18,14 @@ from torch import nn
 
 from hydra_edge.artifacts.graph import Graph, Metadata
 from hydra_edge.backends.onnxruntime import evaluate
+from hydra_edge.compilation import compile
 from hydra_edge.ensembles import Ensemble, Hydra, linear_heads
 from hydra_edge.errors import ExportError, GraphError, InputError
 from hydra_edge.exporting import export, merge, summarize
 from hydra_edge.fusion import fuse
 from hydra_edge.ops.ensemble_summary import reference_classification, reference_gaussian
 from hydra_edge.quantization import quantize
+from hydra_edge.runtime import load
 
 CLASSES = ["cat", "dog", "emu", "fox"]
 
@@ -376,6 +378,24 @@ def test_summarize_twice_is_refused() -> None:
     once = summarize(mlp_heads(), "classification", "logits")
     with pytest.raises(GraphError, match="The graph has a tensor 'expected_entropy' already"):
         summarize(once, "classification", "head_logits")
+
+
+def test_what_a_summary_omits_is_not_computed() -> None:
+    x = {"x": np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)}
+    whole = summarize(mlp_heads(), "classification", "logits")
+    part = summarize(mlp_heads(), "classification", "logits", omit=["variation_ratio"])
+    assert [spec.name for spec in whole.outputs if spec.name != "variation_ratio"] == [
+        spec.name for spec in part.outputs
+    ]
+    engine = compile(fuse(part))
+    program = onnx.ModelProto.FromString(engine.programs["main"].payload)
+    assert "ArgMax" not in {node.op_type for node in program.graph.node}
+    expected = evaluate(whole.model, x)
+    with load(engine) as session:
+        for name, value in session.run(x).items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(InputError, match="has no output 'doubt' to leave out"):
+        summarize(mlp_heads(), "classification", "logits", omit=["doubt"])
 
 
 def test_summarize_names_the_per_head_output_and_stacks_separate_ones() -> None:

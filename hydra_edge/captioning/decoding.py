@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.captioning.models import CaptionModel, Rows, Said
+from hydra_edge.captioning.greedy_loop import Spoken
+from hydra_edge.captioning.models import CaptionModel, Rows
 from hydra_edge.captioning.vocabulary import END_INDEX, MAX_WORDS
 from hydra_edge.errors import InputError
 
-Float = npt.NDArray[np.float64]
-_DOUBTS = ("total", "expected", "mutual")
+Float = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -85,31 +85,37 @@ def decode(
 
 def _greedy(model: CaptionModel, states: Sequence[npt.NDArray[Any]], words: int) -> list[Caption]:
     """`_search` with one hypothesis per region, at less cost than a step of a small model has."""
+    spoken = model.speak(states, words)
+    if spoken is None:
+        spoken = _step_by_step(model, states, words)
+    log = _log(spoken.prob)
+    captions = []
+    for region, own in enumerate(spoken.words.T):
+        length = _length(own)
+        doubts = spoken.doubts[:length, :, region].T.astype(np.float64)
+        captions.append(Caption(own[:length], float(log[:length, region].sum()), *doubts))
+    return captions
+
+
+def _step_by_step(model: CaptionModel, states: Sequence[npt.NDArray[Any]], words: int) -> Spoken:
     regions = np.arange(len(states[0]))
     state = model.begin(states)
     last = np.full(len(regions), END_INDEX, np.int64)
     ended = np.zeros(len(regions), bool)
-    found: list[Said] = []
+    # Of each step only this is kept: probabilities of a large vocabulary would add up.
     spoken: list[Rows] = []
-    while len(found) <= words and not ended.all():
+    chosen: list[Float] = []
+    doubts: list[tuple[Float, ...]] = []
+    while len(spoken) <= words and not ended.all():
         said = model.step(last, state)
         last = said.mean_prob.argmax(1)
         last[ended] = END_INDEX
         ended |= last == END_INDEX
         state = said.state
-        found.append(said)
         spoken.append(last)
-    chosen = np.array(
-        [said.mean_prob[regions, last] for said, last in zip(found, spoken, strict=True)]
-    )
-    log = _log(chosen)
-    doubts = [np.array([getattr(said, name) for said in found], np.float64) for name in _DOUBTS]
-    captions = []
-    for region, own in enumerate(np.array(spoken).T):
-        length = _length(own)
-        score = float(log[:length, region].sum())
-        captions.append(Caption(own[:length], score, *(d[:length, region] for d in doubts)))
-    return captions
+        chosen.append(said.mean_prob[regions, last])
+        doubts.append((said.total, said.expected, said.mutual))
+    return Spoken(np.array(spoken), np.array(chosen), np.array(doubts))
 
 
 def _search(
@@ -127,23 +133,22 @@ def _search(
     scores = np.full((regions, beam), -np.inf)
     scores[:, 0] = 0.0  # all hypotheses begin as the same one
     ended = np.zeros(regions * beam, bool)
-    steps: list[tuple[Said, Rows, Rows]] = []
+    steps: list[tuple[tuple[Float, ...], Rows, Rows]] = []
     while len(steps) <= words and not ended.all():
         if not np.array_equal(parents, in_place):
             state = model.reorder(state, parents)
         said = model.step(last, state)
         scores, parents, last = _extend(np.asarray(said.mean_prob), scores, ended)
-        steps.append((said, parents, last))
+        steps.append(((said.total, said.expected, said.mutual), parents, last))
         ended = ended[parents] | (last == END_INDEX)
         state = said.state
     rows = in_place[::beam]  # the best come first
     spoken = np.empty((regions, len(steps)), np.int64)
-    doubts = np.empty((len(_DOUBTS), regions, len(steps)))
-    for place, (said, parents, chosen) in reversed(list(enumerate(steps))):
+    doubts = np.empty((3, regions, len(steps)))
+    for place, (found, parents, chosen) in reversed(list(enumerate(steps))):
         spoken[:, place] = chosen[rows]
         rows = parents[rows]
-        for values, name in zip(doubts, _DOUBTS, strict=True):
-            values[:, place] = getattr(said, name)[rows]
+        doubts[:, :, place] = [values[rows] for values in found]
     captions = []
     for region, own in enumerate(spoken):
         length = _length(own)

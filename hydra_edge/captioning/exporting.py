@@ -7,6 +7,8 @@ reorder: state [R, S], row [R] -> picked [R, S]
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import torch
@@ -14,14 +16,19 @@ from torch import nn
 
 from hydra_edge import ops
 from hydra_edge.artifacts.graph import Graph
-from hydra_edge.captioning.networks import CaptionEnsemble, CaptionNetwork, summarize_votes
+from hydra_edge.captioning.greedy_loop import NEXT_STATE, STATE, WORD
+from hydra_edge.captioning.networks import (
+    CaptionEnsemble,
+    Captioner,
+    CaptionNetwork,
+    Recurrence,
+    summarize_votes,
+)
 from hydra_edge.exporting import BATCH, LOGITS, export, summarize
 
 ENCODE, STEP, REORDER = "encode", "step", "reorder"
 BOX_OUTPUTS = ("boxes", "scores", "score_mi", "box_spread")
-IMAGE, WORD, STATE, NEXT_STATE, ROW, PICKED = (
-    *("image", "word", "state", "next_state", "row", "picked"),
-)
+IMAGE, ROW, PICKED = "image", "row", "picked"
 TASK = "dense_captioning"
 _IR_VERSION = 8  # of opset 18
 
@@ -51,14 +58,30 @@ def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
     assert isinstance(width, int)
     rows = (np.zeros(2, np.int64), np.zeros((2, width), np.float32))
     step = export(
-        _Step(network), rows, input_names=[WORD, STATE], output_names=[LOGITS, NEXT_STATE]
+        _Step(_joined(network)), rows, input_names=[WORD, STATE], output_names=[LOGITS, NEXT_STATE]
     )
-    step = summarize(step, TASK, LOGITS, labels=known.vocabulary, keep=[NEXT_STATE])
+    step = summarize(
+        step,
+        TASK,
+        LOGITS,
+        labels=known.vocabulary,
+        keep=[NEXT_STATE],
+        omit=["variation_ratio"],  # a tenth of the nodes, and no caption asks for it
+    )
     graphs = {ENCODE: encode, STEP: step, REORDER: _reorder(width)}
     return {
         name: graph.derive(graph.model, f"program:{name}", task=TASK, kind=kind)
         for name, graph in graphs.items()
     }
+
+
+def _joined(network: nn.Module) -> nn.Module:
+    """A copy whose recurrences are made for single steps."""
+    network = copy.deepcopy(network)
+    for part in list(network.modules()):
+        if isinstance(part, Captioner) and isinstance(part.cell, Recurrence):
+            part.cell = part.cell.joined(part.embedding.embedding_dim)
+    return network
 
 
 class _Encode(nn.Module):

@@ -7,16 +7,21 @@ probabilities and entropies cross to the CPU. That way has not been executed on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.captioning.networks import LEAST_WEIGHT
+from hydra_edge import backends
+from hydra_edge.captioning import greedy_loop
+from hydra_edge.captioning.boxes import LEAST_WEIGHT
+from hydra_edge.captioning.greedy_loop import Spoken
 from hydra_edge.errors import InputError
 from hydra_edge.gpu.arrays import DeviceArray
+from hydra_edge.programs import Runner
 from hydra_edge.runtime import Session
 
 Array = npt.NDArray[np.generic]
@@ -45,8 +50,7 @@ class Encoding:
     states: tuple[Float, ...]
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(NamedTuple):
     """What ``step`` says of R captions.
 
     Attributes:
@@ -93,6 +97,10 @@ class CaptionModel(Protocol):
         """The state whose row r was row ``rows[r]``."""
         ...
 
+    def speak(self, states: Sequence[Array], words: int) -> Spoken | None:
+        """Greedy captions of up to ``words`` words and an end, or None: step by step, then."""
+        ...
+
 
 class EngineModel:
     """A captioner's engine.
@@ -114,6 +122,7 @@ class EngineModel:
             )
         self.session = session
         self._encode, self._step = (session.programs[name] for name in PROGRAMS)
+        self._run_step = self._step.run_on_device if self._step.on_device else self._step.run
         self._reorder = session.programs.get("reorder")
 
     @property
@@ -130,9 +139,9 @@ class EngineModel:
     def encode(self, images: object) -> Encoding:
         """See `CaptionModel.encode`."""
         found = self._encode.run(images)
-        boxes, scores = _floats(found["boxes"]), _floats(found["scores"])
-        doubts = _floats(found["score_mi"]), _floats(found["box_spread"])
-        return Encoding(boxes, scores, *doubts, (_floats(found["state"]),))
+        names = ("boxes", "scores", "score_mi", "box_spread", "state")
+        boxes, scores, score_mi, box_spread, state = (_on_host(found[name]) for name in names)
+        return Encoding(boxes, scores, score_mi, box_spread, (state,))
 
     def begin(self, states: Sequence[Array]) -> State:
         """See `CaptionModel.begin`."""
@@ -141,13 +150,14 @@ class EngineModel:
 
     def step(self, words: Rows, state: State) -> Said:
         """See `CaptionModel.step`."""
-        feeds = {"word": words, "state": state}
-        outputs: dict[str, Any] = (
-            self._step.run_on_device(feeds) if self._step.on_device else dict(self._step.run(feeds))
+        outputs: Mapping[str, Any] = self._run_step({"word": words, "state": state})
+        return Said(
+            _on_host(outputs["mean_prob"]),
+            _on_host(outputs["predictive_entropy"]),
+            _on_host(outputs["expected_entropy"]),
+            _on_host(outputs["mutual_information"]),
+            outputs["next_state"],
         )
-        wanted = ("mean_prob", "predictive_entropy", "expected_entropy", "mutual_information")
-        mean, total, expected, mutual = (_floats(outputs[name]) for name in wanted)
-        return Said(mean, total, expected, mutual, outputs["next_state"])
 
     def reorder(self, state: State, rows: Rows) -> State:
         """See `CaptionModel.reorder`."""
@@ -160,6 +170,20 @@ class EngineModel:
                 "Export the captioner again, or decode with a beam of 1.",
             )
         return self._reorder.run_on_device({"state": state, "row": rows})["picked"]
+
+    def speak(self, states: Sequence[Array], words: int) -> Spoken | None:
+        """See `CaptionModel.speak`."""
+        if self.session.engine.backend != "onnxruntime":
+            return None
+        (rows,) = states
+        feeds = {"start": np.ascontiguousarray(rows), "most": np.asarray(words + 1)}
+        said, chosen, *doubts = self._loop.run(feeds, greedy_loop.OUTPUTS)
+        return Spoken(said, chosen, np.stack(doubts, 1))  # type: ignore[arg-type]
+
+    @cached_property
+    def _loop(self) -> Runner:
+        program = greedy_loop.looped(self._step.program.payload)
+        return backends.find("onnxruntime").open(program, self.session.threads, {})
 
 
 class MembersModel:
@@ -227,11 +251,13 @@ class MembersModel:
         picked: list[Any] = [member.reorder(own, rows) for member, own in pairs]
         return picked
 
+    def speak(self, states: Sequence[Array], words: int) -> Spoken | None:
+        """Members are averaged after every word."""
+        return None
 
-def _floats(value: Array | DeviceArray) -> Float:
-    array = value.numpy() if isinstance(value, DeviceArray) else value
-    assert array.dtype.kind == "f"
-    return array  # type: ignore[return-value]
+
+def _on_host(value: Any) -> Float:
+    return value.numpy() if isinstance(value, DeviceArray) else value  # type: ignore[return-value]
 
 
 def _binary_entropy(probability: Float) -> Float:

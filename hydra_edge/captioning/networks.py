@@ -22,11 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hydra_edge.captioning.boxes import LEAST_WEIGHT
 from hydra_edge.ensembles import linear_heads, mlp_heads
 from hydra_edge.errors import InputError
 
-# Of a head's box: where none sees an object all count alike, not as rounding has it.
-LEAST_WEIGHT = 1e-3
 _REACH = 1.5  # cells that the centre of a box may lie away from its own
 
 
@@ -49,20 +48,63 @@ class CaptionNetwork(Protocol):
         ...
 
 
-class _Recurrence(nn.GRU):
-    """A gated recurrent unit whose single step is made of plain matmuls, as an engine likes them.
+class Recurrence(nn.GRU):
+    """A gated recurrent unit that takes whole captions, or one `step`.
 
     Source: Cho et al. 2014, arXiv 1406.1078, in the form that torch documents for GRUCell.
     """
 
-    def step(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """From ``x [R, K]`` and ``memory [R, H]`` to the next memory."""
+    def step(self, word: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """See `Step.step`."""
+        return self.joined(word.shape[-1]).step(word, state)
+
+    @torch.no_grad()
+    def joined(self, words: int) -> Step:
+        """One step as one matmul, without gradients.
+
+        Args:
+            words: E, the size of a word.
+        """
         into, over, into_bias, over_bias = self.all_weights[0]
-        given = functional.linear(x, into, into_bias).chunk(3, -1)
-        known = functional.linear(memory, over, over_bias).chunk(3, -1)
-        reset = torch.sigmoid(given[0] + known[0])
-        kept = torch.sigmoid(given[1] + known[1])
-        fresh = torch.tanh(given[2] + reset * known[2])
+        gates, hidden = 2 * self.hidden_size, self.hidden_size
+        weight = into.new_zeros(4 * hidden, into.shape[1] + hidden)
+        bias = into.new_zeros(4 * hidden)
+        known = slice(words, words + hidden)
+        others = [i for i in range(weight.shape[1]) if not known.start <= i < known.stop]
+        weight[: 3 * hidden, others], bias[: 3 * hidden] = into, into_bias
+        weight[:gates, known], weight[3 * hidden :, known] = over[:gates], over[gates:]
+        bias[:gates] += over_bias[:gates]
+        bias[3 * hidden :] = over_bias[gates:]
+        return Step(weight, bias)
+
+
+class Step(nn.Module):
+    """A `Recurrence` whose step is one matmul: an engine is asked for each word anew.
+
+    What is fresh has its memory part apart, in the last rows, for the reset gate scales it alone.
+
+    Args:
+        weight: ``[4 H, E + H + K]``, of a word, what is remembered, and what is seen.
+        bias: ``[4 H]``.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def step(self, word: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """The next memory ``[R, H]``.
+
+        Args:
+            word: ``[R, E]``.
+            state: What is remembered and what is seen, ``[R, H + K]``.
+        """
+        hidden = len(self.bias) // 4
+        memory, _ = _parts(state, hidden, state.shape[-1] - hidden)
+        parts = functional.linear(torch.cat([word, state], -1), self.weight, self.bias)
+        gates, fresh, remembered = _parts(parts, 2 * hidden, hidden, hidden)
+        reset, kept = torch.sigmoid(gates).chunk(2, -1)
+        fresh = torch.tanh(fresh + reset * remembered)
         return fresh + kept * (memory - fresh)
 
 
@@ -76,6 +118,7 @@ class Captioner(nn.Module):
         heads: M.
         hidden: Size of the decoder's memory.
         embedding: Size of a word.
+        neck: Width of a layer that all vocabulary heads share; 0 for none.
         head_hidden: Widths of a vocabulary head's hidden layers; none for a linear head.
     """
 
@@ -88,6 +131,7 @@ class Captioner(nn.Module):
         heads: int = 1,
         hidden: int = 96,
         embedding: int = 32,
+        neck: int = 0,
         head_hidden: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -101,12 +145,15 @@ class Captioner(nn.Module):
             nn.init.constant_(head.bias, -2.0)  # most cells hold nothing
         self.start = nn.Linear(features, hidden)
         self.embedding = nn.Embedding(len(self.vocabulary), embedding)
-        self.cell = _Recurrence(embedding + features, hidden, batch_first=True)
-        size = len(self.vocabulary)
+        self.cell: Recurrence | Step = Recurrence(embedding + features, hidden, batch_first=True)
+        size, width = len(self.vocabulary), neck or hidden + features
+        self.neck = (
+            nn.Sequential(nn.Linear(hidden + features, neck), nn.ReLU()) if neck else nn.Identity()
+        )
         self.heads = nn.ModuleList(
-            mlp_heads(heads, hidden + features, size, head_hidden)
+            mlp_heads(heads, width, size, head_hidden)
             if head_hidden
-            else linear_heads(heads, hidden + features, size)
+            else linear_heads(heads, width, size)
         )
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,18 +164,20 @@ class Captioner(nn.Module):
 
     def step(self, words: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the module's docstring."""
-        memory, features = states[:, : self.hidden], states[:, self.hidden :]
-        memory = self.cell.step(torch.cat([self.embedding(words), features], -1), memory)
+        memory = self.cell.step(self.embedding(words), states)
+        _, features = _parts(states, self.hidden, states.shape[-1] - self.hidden)
         states = torch.cat([memory, features], -1)
-        return torch.stack([head(states) for head in self.heads]), states
+        known = self.neck(states)
+        return torch.stack([head(known) for head in self.heads]), states
 
     def speak(self, words: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """See the module's docstring."""
+        assert isinstance(self.cell, Recurrence)
         memory, features = states[:, : self.hidden], states[:, self.hidden :]
         seen = features.unsqueeze(1).expand(-1, words.shape[1], -1)
         inputs = torch.cat([self.embedding(words), seen], -1)
         memories, _ = self.cell(inputs, memory.unsqueeze(0).contiguous())
-        along = torch.cat([memories, seen], -1)
+        along = self.neck(torch.cat([memories, seen], -1))
         return torch.stack([head(along) for head in self.heads])
 
 
@@ -176,6 +225,12 @@ class CaptionEnsemble(nn.Module):
         """See the module's docstring."""
         pairs = zip(self.members, states.chunk(self.head_count, -1), strict=True)
         return torch.cat([m.speak(words, state) for m, state in pairs])  # type: ignore[operator]
+
+
+def _parts(rows: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:
+    """``[…, K]`` in parts of the given sizes: one node of a graph, where slices are several."""
+    found: tuple[torch.Tensor, ...] = rows.split(list(sizes), -1)  # type: ignore[no-untyped-call]
+    return found
 
 
 def boxes_of(votes: torch.Tensor) -> torch.Tensor:

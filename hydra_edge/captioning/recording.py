@@ -85,3 +85,6 @@ class _Recorder:
 
     def reorder(self, state: State, rows: Rows) -> State:
         return self._model.reorder(state, rows)
+
+    def speak(self, states: Sequence[npt.NDArray[Any]], words: int) -> None:
+        """None: what goes on between steps is what is recorded."""

@@ -11,6 +11,7 @@ from hydra_edge.demo.scenes import vocabulary
 HEADS = 5
 _FEATURES = 96
 _HIDDEN = 128
+_NECK = 192
 
 
 class _Context(nn.Module):
@@ -25,8 +26,8 @@ class _Context(nn.Module):
         return torch.relu(maps + self.mix(maps.mean((2, 3), keepdim=True)))
 
 
-def _block(inputs: int, outputs: int, stride: int = 1, size: int = 3) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+def _block(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size % 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
@@ -34,11 +35,11 @@ def _block(inputs: int, outputs: int, stride: int = 1, size: int = 3) -> list[nn
 def body() -> nn.Sequential:
     """Five convolutions and a view of the whole: ``[B, 3, 64, 64]`` to ``[B, 96, 8, 8]``."""
     return nn.Sequential(
-        *_block(3, 32, 2, size=5),
-        *_block(32, 64, 2),
-        *_block(64, 96, 2),
-        *_block(96, 96),
-        *_block(96, _FEATURES),
+        *_block(3, 48, size=4, stride=4),
+        *_block(48, 160, stride=2),
+        *_block(160, 160),
+        *_block(160, 160),
+        *_block(160, _FEATURES),
         _Context(_FEATURES),
     )
 
@@ -71,5 +72,5 @@ def _captioner(heads: int) -> Captioner:
         features=_FEATURES,
         hidden=_HIDDEN,
         heads=heads,
-        head_hidden=(64,),
+        neck=_NECK,
     )

@@ -85,7 +85,7 @@ def declare(model: onnx.ModelProto) -> None:
 
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return ``model`` with every local function replaced by its body.
+    """Return ``model`` with every local function replaced by what is read of its body.
 
     Large weights stay where they are meanwhile: the inliner would copy them four times.
     """
@@ -101,7 +101,33 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     del inlined.graph.input[:]
     inlined.graph.input.extend(inputs)
     inlined.graph.initializer.extend(_named(tensor, name) for name, tensor in weights.items())
+    _drop_unread(inlined.graph)
     return inlined
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Drop nodes whose results nobody reads; a runtime would compute them all the same."""
+    read = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if read.isdisjoint(node.output):
+            continue
+        kept.append(node)
+        read |= _reads(node)
+    if len(kept) < len(graph.node):
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """What a node reads, also inside its subgraphs."""
+    found = set(node.input)
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            found |= {value.name for value in inner.output}
+            found = found.union(*map(_reads, inner.node))
+    return found
 
 
 def _named(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:

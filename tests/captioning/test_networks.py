@@ -30,8 +30,9 @@ def test_a_step_is_that_of_torch() -> None:
     made = network(1, 3)
     cell = torch.nn.GRUCell(4 + FEATURES, HIDDEN)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in made.cell.state_dict().items()})
-    x, memory = torch.randn(5, 4 + FEATURES), torch.randn(5, HIDDEN)
-    torch.testing.assert_close(made.cell.step(x, memory), cell(x, memory))
+    word, memory, seen = torch.randn(5, 4), torch.randn(5, HIDDEN), torch.randn(5, FEATURES)
+    found = made.cell.step(word, torch.cat([memory, seen], -1))
+    torch.testing.assert_close(found, cell(torch.cat([word, seen], -1), memory))
 
 
 @torch.no_grad()

@@ -160,6 +160,37 @@ def test_inline_leaves_standard_ops() -> None:
     assert not ops.inline(model).functions
 
 
+def test_inline_keeps_what_is_read_also_inside_of_branches() -> None:
+    """Of a summary one output is read by the graph, and one by a branch."""
+    branch = helper.make_graph(
+        [helper.make_node("Neg", ["variation_ratio"], ["negative"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("negative", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        helper.make_node(
+            "EnsembleSummary", ["x"], ["", "", "", "", "variation_ratio"], domain=ops.DOMAIN
+        ),
+        helper.make_node("If", ["which"], ["y"], then_branch=branch, else_branch=branch),
+        helper.make_node("Exp", ["x"], ["unread"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 2, 4]),
+        helper.make_tensor_value_info("which", TensorProto.BOOL, []),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, [output]),
+        opset_imports=[helper.make_opsetid("", 18)],
+    )
+    ops.declare(model)
+    kinds = [node.op_type for node in ops.inline(model).graph.node]
+    assert kinds.count("ArgMax") == 2
+    assert {"If", "Equal"} <= set(kinds)
+    assert not {"Log", "Exp"} & set(kinds)
+
+
 def test_a_model_without_opset_says_so() -> None:
     with pytest.raises(GraphError, match="imports no version of the ONNX operator set"):
         ops.opset_of(onnx.ModelProto())
