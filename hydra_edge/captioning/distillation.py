@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,7 @@ def distill_captioner(
     )
     pixels = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
     run = _Run(copy.deepcopy(student), pixels, lessons, config, on_epoch, folder, digest(student))
-    with without_denormals():
-        run.finish()
+    without_denormals(run.batches())
     return run.student.eval()
 
 
@@ -146,8 +145,8 @@ class _Run:
     folder: Path | None
     untrained: str
 
-    def finish(self) -> None:
-        """Train what is left of both phases."""
+    def batches(self) -> Iterator[None]:
+        """Train what is left of both phases, batch after batch."""
         config, begin = self.config, self._kept()
         for phase, epochs in enumerate((config.epochs_mean, config.epochs_heads)):
             start = begin if phase == begin.phase else Checkpoint(phase)
@@ -169,7 +168,7 @@ class _Run:
                 )
             self.student.train()
             for epoch in range(start.epoch, epochs):
-                losses.append(self._epoch(phase, epoch, epochs, optimizer))
+                losses.append((yield from self._epoch(phase, epoch, epochs, optimizer)))
                 if self.folder:
                     position = (phase, epoch + 1, 0)
                     checkpoints.write(
@@ -193,8 +192,8 @@ class _Run:
 
     def _epoch(
         self, phase: int, epoch: int, epochs: int, optimizer: torch.optim.Optimizer
-    ) -> float:
-        """Train once on every image; the mean loss."""
+    ) -> Generator[None, None, float]:
+        """Train once on every image; gives the mean loss in the end."""
         images, config = self.images, self.config
         (word,) = np.random.SeedSequence([config.seed, phase, epoch]).generate_state(1)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(word)))
@@ -216,6 +215,7 @@ class _Run:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
             optimizer.step()
             total += loss.item() / steps
+            yield
         return total
 
 

@@ -7,8 +7,6 @@ reorder: state [R, S], row [R] -> picked [R, S]
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import onnx
 import torch
@@ -19,9 +17,8 @@ from hydra_edge.artifacts.graph import Graph
 from hydra_edge.captioning.greedy_loop import NEXT_STATE, STATE, WORD
 from hydra_edge.captioning.networks import (
     CaptionEnsemble,
-    Captioner,
     CaptionNetwork,
-    Recurrence,
+    for_steps,
     summarize_votes,
 )
 from hydra_edge.exporting import BATCH, LOGITS, export, summarize
@@ -58,7 +55,10 @@ def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
     assert isinstance(width, int)
     rows = (np.zeros(2, np.int64), np.zeros((2, width), np.float32))
     step = export(
-        _Step(_joined(network)), rows, input_names=[WORD, STATE], output_names=[LOGITS, NEXT_STATE]
+        _Step(for_steps(network)),
+        rows,
+        input_names=[WORD, STATE],
+        output_names=[LOGITS, NEXT_STATE],
     )
     step = summarize(
         step,
@@ -73,15 +73,6 @@ def export_captioner(network: nn.Module, image: object) -> dict[str, Graph]:
         name: graph.derive(graph.model, f"program:{name}", task=TASK, kind=kind)
         for name, graph in graphs.items()
     }
-
-
-def _joined(network: nn.Module) -> nn.Module:
-    """A copy whose recurrences are made for single steps."""
-    network = copy.deepcopy(network)
-    for part in list(network.modules()):
-        if isinstance(part, Captioner) and isinstance(part.cell, Recurrence):
-            part.cell = part.cell.joined(part.embedding.embedding_dim)
-    return network
 
 
 class _Encode(nn.Module):

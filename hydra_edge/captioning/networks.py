@@ -15,6 +15,7 @@ M heads of a student share one state; an ensemble's holds those of its members, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -225,6 +226,15 @@ class CaptionEnsemble(nn.Module):
         """See the module's docstring."""
         pairs = zip(self.members, states.chunk(self.head_count, -1), strict=True)
         return torch.cat([m.speak(words, state) for m, state in pairs])  # type: ignore[operator]
+
+
+def for_steps(network: nn.Module) -> nn.Module:
+    """A copy whose recurrences are made for single steps: it cannot ``speak`` or learn."""
+    network = copy.deepcopy(network)
+    for part in list(network.modules()):
+        if isinstance(part, Captioner) and isinstance(part.cell, Recurrence):
+            part.cell = part.cell.joined(part.embedding.embedding_dim)
+    return network
 
 
 def _parts(rows: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,8 +127,7 @@ def train_captioner(
     side = _side(network, images[:1])
     regions = regions_of(scenes, Vocabulary(network.vocabulary), side)
     network.train()
-    with without_denormals():
-        _run(network, images, regions, config, on_epoch)
+    without_denormals(_run(network, images, regions, config, on_epoch))
     return network.eval()
 
 
@@ -137,7 +137,8 @@ def _run(
     regions: Regions,
     config: TrainingConfig,
     on_epoch: Callable[[float], None],
-) -> None:
+) -> Iterator[None]:
+    """Train, batch after batch."""
     steps = max(1, len(images) // config.batch_size)
     optimizer = torch.optim.AdamW(
         network.parameters(), config.learning_rate, weight_decay=config.weight_decay
@@ -163,21 +164,36 @@ def _run(
             optimizer.step()
             schedule.step()
             total += loss.item() / steps
+            yield
         on_epoch(total)
 
 
-@contextlib.contextmanager
-def without_denormals() -> Iterator[None]:
-    """Numbers below 1e-38 are 0 meanwhile.
+def without_denormals(work: Iterator[object]) -> None:
+    """Go through ``work`` in a thread of its own, to which numbers below 1e-38 are 0.
 
     The averages of AdamW fall there for words that are never said, and a CPU computes with such
-    numbers far slower.
+    numbers far slower. The threads that torch shares work among take that over from the thread that
+    starts them: the caller's may have been started before.
+
+    Args:
+        work: What is done; it ends early, between two items, if the caller is interrupted.
     """
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
+    threads, interrupted = torch.get_num_threads(), threading.Event()
+
+    def go_through() -> None:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)
+        for _ in work:
+            if interrupted.is_set():
+                break
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(go_through)
+        try:
+            done.result()
+        except BaseException:
+            interrupted.set()
+            raise
 
 
 def labelled_loss(network: CaptionNetwork, images: torch.Tensor, regions: Regions) -> torch.Tensor:

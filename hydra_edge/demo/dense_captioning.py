@@ -63,7 +63,7 @@ class Plan:
     """
 
     train: int = 3000
-    epochs: int = 6
+    epochs: int = 5
     test: int = 300
     shifted: int = 150
     transfer: int = 5000
