@@ -106,10 +106,14 @@ def trained(
 
     # Here and not in the threads, which share torch's random state.
     networks = [training.build() for training in trainings.values()]
-    with progress(console) as bar, ThreadPoolExecutor(workers) as pool:
-        row = bar.add_task("training", total=sum(one.epochs for one in trainings.values()))
-        done = pool.map(one, trainings, networks, trainings.values())
-        return dict(zip(trainings, done, strict=True))
+    threads = torch.get_num_threads()
+    try:
+        with progress(console) as bar, ThreadPoolExecutor(workers) as pool:
+            row = bar.add_task("training", total=sum(one.epochs for one in trainings.values()))
+            done = pool.map(one, trainings, networks, trainings.values())
+            return dict(zip(trainings, done, strict=True))
+    finally:
+        torch.set_num_threads(threads)  # a thread that has not computed yet takes the last one set
 
 
 def exported(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def shifting(
         network.weight += 1
     on_epoch()
     return network
+
+
+def test_threads_are_as_before(tmp_path: Path) -> None:
+    """Also for a caller that has not computed yet."""
+    before = torch.get_num_threads()
+    plans = {f"m{i}": Training(partial(untrained, i), partial(shifting, [], i), 1) for i in (3, 1)}
+
+    def caller() -> int:
+        story.trained(tmp_path, plans, QUIET, workers=2)
+        return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(caller).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
