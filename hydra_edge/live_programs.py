@@ -8,7 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.artifacts.arrays import any_batch, check_shapes, in_c_order, to_numpy
+from hydra_edge.artifacts.arrays import (
+    any_batch,
+    check_shapes,
+    dtype_name,
+    in_c_order,
+    to_numpy,
+)
 from hydra_edge.artifacts.engine import Program
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.equivalence import replay
@@ -46,9 +52,7 @@ class LiveProgram:
         self._device_runner = runner if isinstance(runner, _DeviceRunner) else None
         self._specs = any_batch(program.inputs)
         self._single = program.inputs[0] if len(program.inputs) == 1 else None
-        self._plain = [
-            (spec.name, np.dtype(spec.dtype), spec.shape[1:]) for spec in self._specs if spec.shape
-        ]
+        self._plain = [(one.name, one.dtype, one.shape[1:]) for one in self._specs if one.shape]
         self._names = [spec.name for spec in program.outputs if spec.name not in program.optional]
         self._all_names = [spec.name for spec in program.outputs]
         self._axes = {spec.name: self._batch_axis(spec) for spec in program.outputs}
@@ -164,11 +168,11 @@ class LiveProgram:
         batches = set()
         for name, dtype, sizes in self._plain:
             array = inputs.get(name)
-            if type(array) is not np.ndarray or array.dtype != dtype or array.shape[1:] != sizes:
+            if type(array) is not np.ndarray or not array.ndim or array.shape[1:] != sizes:
                 return False
-            if not array.flags.c_contiguous:
+            if dtype_name(array.dtype) != dtype or not array.flags.c_contiguous:
                 return False
-            batches.add(len(array) if array.ndim else 0)
+            batches.add(len(array))
         return len(batches) == 1 and 0 not in batches
 
     def _read(self, value: object, name: str) -> Array | Foreign:

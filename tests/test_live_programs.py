@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from onnx_models import feeds_for, student, tiny_engine
 
 from hydra_edge import compilation
@@ -43,6 +44,32 @@ def test_submitted_runs_give_what_runs_give(session: Session) -> None:
     for size, future in zip(sizes, futures, strict=True):
         for name, array in wanted[size].items():
             np.testing.assert_array_equal(future.result()[name], array)
+
+
+class Own(np.ndarray):
+    """Some other library's array."""
+
+
+def test_arrays_that_fit_and_such_that_are_made_to(session: Session) -> None:
+    """A mapping of plain arrays takes a shorter way."""
+    wanted = session.run({"x": X})
+    ways = [X, X.copy("F"), X[::-1][::-1], X.view(Own), torch.from_numpy(X), X.tolist()]
+    for given in [{"x": way} for way in ways[:-1]] + [X]:
+        for name, array in session.run(given).items():
+            np.testing.assert_array_equal(array, wanted[name])
+    for bad, words in (
+        ({"x": X[:0]}, "The batch is empty"),
+        ({"x": X.astype(">f4")}, "has dtype >f4"),
+        ({"x": X[:, :5]}, r"has shape \[23, 5\]"),
+        ({"x": X[0]}, r"has shape \[6\]"),
+        ({"x": np.float32(1)}, r"has shape \[\]"),
+        ({"x": X, "y": X}, "There is no input 'y'"),
+        ({"y": X}, "There is no input 'y'"),
+        ({}, "The input 'x' is missing"),
+        ({"x": ways[-1]}, "has dtype float64"),
+    ):
+        with pytest.raises(InputError, match=words):
+            session.run(bad)
 
 
 def test_what_is_wrong_with_a_submitted_run_comes_with_its_result(session: Session) -> None:
