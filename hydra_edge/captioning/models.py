@@ -2,7 +2,7 @@
 
 A state is opaque to whoever decodes. On a CPU it is an array of numpy's; on a backend that keeps
 outputs on its device it is an array there, which goes back into the next step as it is: only
-probabilities and entropies cross to the CPU. That way has not been executed on a GPU yet.
+probabilities and entropies cross to the CPU. That way ran with a stand-in for the GPU only.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class EngineModel:
 
     def speak(self, states: Sequence[Array], words: int) -> Spoken | None:
         """See `CaptionModel.speak`."""
-        if self.session.engine.backend != "onnxruntime":
+        if self._step.on_device or self.session.engine.backend != "onnxruntime":
             return None
         (rows,) = states
         feeds = {"start": np.ascontiguousarray(rows), "most": np.asarray(words + 1)}
