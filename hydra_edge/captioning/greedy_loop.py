@@ -38,7 +38,17 @@ body (float[R, V] mean_prob, bool[R] greedy_ended) => (bool greedy_going, int64[
     greedy_said = Identity (greedy_next)
 }}
 """
-_SCANNED = ("greedy_said", "greedy_chosen", *DOUBTS)
+_FIRST = """
+first (float[R, S] greedy_start) => (int64[R] greedy_begin, bool[R] greedy_none)
+<bool greedy_always = {{1}}>
+{{
+    greedy_rows = Shape <end: int = 1> (greedy_start)
+    greedy_begin = ConstantOfShape <value: tensor = int64[1] {{{end}}}> (greedy_rows)
+    greedy_none = ConstantOfShape <value: tensor = bool[1] {{0}}> (greedy_rows)
+}}
+"""
+START, MOST = "greedy_start", "greedy_most"
+OUTPUTS = tuple(f"greedy_all_{name}" for name in ("words", "prob", *DOUBTS))
 
 
 class Spoken(NamedTuple):
@@ -62,8 +72,8 @@ def looped(step: bytes) -> bytes:
         step: A ``step`` as ONNX Runtime runs it; see `hydra_edge.captioning.exporting`.
 
     Returns:
-        An ONNX model from ``state [R, S]`` and ``most``, the number of words and ends, to ``said``
-        and ``chosen``, the probability of each, and the three `DOUBTS`, all ``[T, R]``.
+        An ONNX model from `START`, states ``[R, S]``, and `MOST`, a number of words and ends, to
+        the `OUTPUTS`: words, the probability of each, and the three `DOUBTS`, all ``[T, R]``.
 
     Raises:
         CompilationError: The step lacks an input or output.
@@ -97,39 +107,27 @@ def looped(step: bytes) -> bytes:
             *(_any(name, TensorProto.FLOAT) for name in ("greedy_chosen", *DOUBTS)),
         ],
     )
-    first = onnx.parser.parse_graph(
-        f"""
-        first (float[R, S] start) => (int64[R] begin, bool[R] none) <bool going = {{1}}>
-        {{
-            rows = Shape <end: int = 1> (start)
-            begin = ConstantOfShape <value: tensor = int64[1] {{{END_INDEX}}}> (rows)
-            none = ConstantOfShape <value: tensor = bool[1] {{0}}> (rows)
-        }}
-        """
-    )
+    first = onnx.parser.parse_graph(_FIRST.format(end=END_INDEX))
     loop = helper.make_node(
         "Loop",
-        ["most", "going", "begin", "none", "start"],
-        ["last", "ended", "rest", *(f"all_{name}" for name in _SCANNED)],
+        [MOST, "greedy_always", "greedy_begin", "greedy_none", START],
+        ["greedy_last", "greedy_done", "greedy_rest", *OUTPUTS],
         "greedy",
         body=body,
     )
     start = ValueInfoProto.FromString(inputs[STATE].SerializeToString())
-    start.name = "start"
+    start.name = START
     types = (TensorProto.INT64, *[TensorProto.FLOAT] * 4)
     graph = helper.make_graph(
         [*first.node, loop],
         "greedy",
-        [start, _scalar("most", TensorProto.INT64)],
-        [_any(f"all_{name}", kind) for name, kind in zip(_SCANNED, types, strict=True)],
+        [start, _scalar(MOST, TensorProto.INT64)],
+        [_any(name, kind) for name, kind in zip(OUTPUTS, types, strict=True)],
         [*model.graph.initializer, *added.initializer, *first.initializer],
     )
     whole = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     data: bytes = whole.SerializeToString(deterministic=True)
     return data
-
-
-OUTPUTS = tuple(f"all_{name}" for name in _SCANNED)
 
 
 def _scalar(name: str, kind: int) -> ValueInfoProto:

@@ -176,7 +176,8 @@ class EngineModel:
         if self._step.on_device or self.session.engine.backend != "onnxruntime":
             return None
         (rows,) = states
-        feeds = {"start": np.ascontiguousarray(rows), "most": np.asarray(words + 1)}
+        most = np.asarray(words + 1, np.int64)
+        feeds = {greedy_loop.START: np.ascontiguousarray(rows), greedy_loop.MOST: most}
         said, chosen, *doubts = self._loop.run(feeds, greedy_loop.OUTPUTS)
         return Spoken(said, chosen, np.stack(doubts, 1))  # type: ignore[arg-type]
 

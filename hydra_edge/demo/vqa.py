@@ -39,7 +39,7 @@ DISTILLATION = DistillationConfig(
     epochs_heads=7,
     batch_size=128,
     learning_rate_heads=3e-3,
-    disagreement_weight=5.0,
+    disagreement_weight=20.0,
     weight_decay=0.0,
 )
 CALIBRATION = CalibrationOptions("mse", weights="mse")
