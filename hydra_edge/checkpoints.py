@@ -35,7 +35,7 @@ class Checkpoint:
         phase: 0 for the mean of the members, 1 for the heads.
         epoch: Whole epochs done in that phase.
         step: Batches done in the epoch after those.
-        losses: Loss of every batch so far, by phase.
+        losses: Loss of every batch so far, by phase; of a captioner, of every epoch.
         student: The student's tensors.
         optimizer: AdamW's state by parameter number.
         param_groups: AdamW's settings.

@@ -156,9 +156,15 @@ def summarize(
 
     Raises:
         GraphError: The output is missing or has another rank.
-        InputError: The labels do not match C.
+        InputError: The labels do not match C, or the summary has no output that is to be omitted.
     """
     described = tasks.find(task)
+    if unknown := sorted(set(omit) - set(described.outputs)):
+        raise InputError(
+            f"The summary of '{task}' has no output '{unknown[0]}' to leave out.",
+            f"It gives {', '.join(described.outputs)}.",
+            "Name some of those.",
+        )
     model, (heads, batch, channels) = _with_head_logits(graph, logits)
     used = {name for node in model.graph.node for name in (*node.input, *node.output)}
     taken = sorted(used & set(described.outputs))
@@ -180,12 +186,6 @@ def summarize(
             described.summary_op, [LOGITS], list(described.outputs), "summary", domain=ops.DOMAIN
         )
     )
-    if unknown := sorted(set(omit) - set(described.outputs)):
-        raise InputError(
-            f"The summary of '{task}' has no output '{unknown[0]}' to leave out.",
-            f"It gives {', '.join(described.outputs)}.",
-            "Name some of those.",
-        )
     others = {value.name: value for value in model.graph.output}
     if missing := sorted(set(keep) - set(others)):
         raise GraphError(

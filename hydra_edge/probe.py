@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     sessions = [runtime.load(path, threads=options.threads) for path in options.engines]
     load_ms = (time.perf_counter() - start) * 1e3
-    calls = [call for session in sessions for call in _calls(session, options.batch)]
+    calls = _calls(sessions, options.batch)
     run_ms = []
     for _ in range(_RUNS):
         start = time.perf_counter()
@@ -127,17 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.write(json.dumps(plain) + "\n")
 
 
-def _calls(session: runtime.Session, batch: int) -> list[Callable[[], object]]:
+def _calls(sessions: Sequence[runtime.Session], batch: int) -> list[Callable[[], object]]:
     """What one run is: of several programs, each on the batch that was recorded of it.
 
     Those feed each other, and what one gives the next may not be random, e.g. numbers of rows.
     """
-    programs = session.engine.programs
-    if len(programs) == 1:
-        return [partial(session.run, equivalence.random_inputs(session.inputs, batch=batch))]
+    if len(sessions[0].engine.programs) == 1:
+        feeds = equivalence.random_inputs(sessions[0].inputs, batch=batch)
+        return [partial(session.run, feeds) for session in sessions]
     return [
         partial(session.run, dict(program.golden.inputs), program=name)
-        for name, program in programs.items()
+        for session in sessions
+        for name, program in session.engine.programs.items()
     ]
 
 

@@ -194,8 +194,9 @@ def _answers(task: Task | None, predictions: Mapping[str, Prediction]) -> Answer
         return Answers(None, logits, {})
     summaries: dict[str, Mapping[str, Array]] = {}
     for name, prediction in predictions.items():
-        if set(task.outputs) <= set(prediction):
-            summaries[name] = {output: prediction[output] for output in task.outputs}
+        given = {output: prediction[output] for output in task.outputs if output in prediction}
+        if {*task.vector_outputs, task.epistemic} <= set(given):  # a graph may omit others
+            summaries[name] = given
         elif name in logits:
             summaries[name] = task.summarize(logits[name])
     return Answers(task, logits, summaries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.errors import DeviceMismatchError, GateError, InputError
 from hydra_edge.gpu.arrays import DeviceArray, is_on_gpu
 from hydra_edge.live_programs import LiveProgram
+from hydra_edge.programs import Runner
 
 Array = npt.NDArray[np.generic]
 _SUBMITTED_AT_ONCE = 4
@@ -105,6 +106,8 @@ class Session:
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         self._programs: dict[str, LiveProgram] = {}
+        self._derived: dict[str, Runner] = {}
+        self._asked_threads = threads
         try:
             for name, program in engine.programs.items():
                 runner = backend.open(program.payload, threads, program.facts)
@@ -199,6 +202,24 @@ class Session:
                 self._pool = ThreadPoolExecutor(_SUBMITTED_AT_ONCE, "hydra-edge")
             return self._pool.submit(self.run, inputs, head_logits=head_logits, program=program)
 
+    def derived(self, name: str, make: Callable[[], bytes]) -> Runner:
+        """A runner of something made of the engine's programs, which closes with the session.
+
+        Args:
+            name: What it is called here.
+            make: Gives a program of the engine's backend; called the first time.
+
+        Raises:
+            InputError: The session is closed.
+            CompilationError: The backend refuses it.
+        """
+        with self._lock:
+            self._require_open()
+            if name not in self._derived:
+                backend = backends.find(self.engine.backend)
+                self._derived[name] = backend.open(make(), self._asked_threads, {})
+            return self._derived[name]
+
     def self_test(self) -> dict[str, float]:
         """Replay the recorded batch of every program.
 
@@ -231,6 +252,8 @@ class Session:
             self._pool.shutdown(cancel_futures=True)
         for live in self._programs.values():
             live.runner.close()
+        for runner in self._derived.values():
+            runner.close()
 
     def __enter__(self) -> Session:
         return self

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hydra_edge import quality, tasks
+from hydra_edge.artifacts.prediction import Prediction
 from hydra_edge.artifacts.report import IN_DISTRIBUTION
 from hydra_edge.quality import Answers, bin_doubts, bin_reliability, judge
 
@@ -28,6 +29,16 @@ def test_the_tasks_metrics_are_taken_over() -> None:
     found = judge(answers(), TRUTH, None)
     assert found.figures == TASK.metrics(LOGITS, TRUTH)
     assert not found.not_measured
+
+
+def test_a_summary_may_lack_what_its_graph_omits() -> None:
+    arrays = {k: v for k, v in TASK.summarize(LOGITS).items() if k != "variation_ratio"}
+    state = {"next_state": np.zeros((200, 3), np.float32), "more": np.zeros((200, 3), np.float32)}
+    found = quality._answers(TASK, {IN_DISTRIBUTION: Prediction({**arrays, **state})})
+    assert set(found.summaries[IN_DISTRIBUTION]) == set(arrays)
+    assert not found.logits
+    del arrays["mutual_information"]
+    assert not quality._answers(TASK, {IN_DISTRIBUTION: Prediction(arrays)}).summaries
 
 
 def test_without_labels_there_is_a_reason() -> None:

@@ -144,7 +144,8 @@ def benchmark_captioners(
             f"meteor is {METEOR_NAME}; map is over boxes and METEOR, detection_map over boxes.",
             "Latency is of whole images: encoder, suppression of boxes, and all words. FLOP per "
             "sample counts as many regions and words as were found on the scenes.",
-            "First runs and memory are of every program on its recorded batch.",
+            "First runs and memory are of every program on its recorded batch, without the loop "
+            "that greedy search makes of 'step'.",
             "mi_rank_correlation is of the captions' summed mutual information, over the regions "
             "that both found on all images.",
         ),

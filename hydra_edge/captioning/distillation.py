@@ -3,7 +3,7 @@
 As in `hydra_edge.distillation`, first one head imitates the members' mean, then it is copied to all
 heads and each imitates a member: Tran et al. 2020, arXiv 2001.04694. No labels are used.
 
-What a run keeps in its work folder, so that a kill costs an epoch at most:
+What a run keeps in its work folder, so that a kill while it trains costs an epoch at most:
 
     lessons.safetensors       what the members say of the images
     checkpoint.safetensors    weights, optimizer state, losses and position
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from hydra_edge import checkpoints, tasks
 from hydra_edge.artifacts.files import make_folder
-from hydra_edge.captioning.lessons import Lessons, prepare
+from hydra_edge.captioning.lessons import Lessons, identify, prepare
 from hydra_edge.captioning.networks import CaptionEnsemble, Captioner, boxes_of
 from hydra_edge.captioning.training import unroll, without_denormals
 from hydra_edge.captioning.vocabulary import PADDING
@@ -98,7 +98,7 @@ def distill_captioner(
         images: ``[N, 3, H, W]``.
         config: How.
         on_epoch: Called with the phase, ``mean`` or ``heads``, and the mean loss of every epoch;
-            for those of an earlier run, too.
+            for those of an earlier run, too. Another thread than the caller's does that.
         workdir: Where the run keeps the members' answers and its checkpoint; the same call goes on
             from there, and ends as if it had not been interrupted. None keeps nothing.
 
@@ -118,7 +118,11 @@ def distill_captioner(
             "each head imitates a member, word by word.",
             "Give both the same vocabulary, and the student a head per member.",
         )
-    folder = None if workdir is None else make_folder(workdir)
+    folder, identity = None, {}
+    if workdir is not None:
+        folder = make_folder(workdir)
+        identity = {"config": repr(config), "student": digest(student)}
+        identity |= identify(ensemble, images, score=config.score, most=config.most)
     lessons = prepare(
         ensemble,
         images,
@@ -128,8 +132,9 @@ def distill_captioner(
         file=folder and folder / LESSONS,
     )
     pixels = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-    run = _Run(copy.deepcopy(student), pixels, lessons, config, on_epoch, folder, digest(student))
-    without_denormals(run.batches())
+    run = _Run(copy.deepcopy(student), pixels, lessons, config, on_epoch, folder, identity)
+    with torch.random.fork_rng(devices=[]):
+        without_denormals(run.batches())
     return run.student.eval()
 
 
@@ -143,7 +148,7 @@ class _Run:
     config: CaptionDistillationConfig
     on_epoch: Callable[[str, float], None]
     folder: Path | None
-    untrained: str
+    identity: Mapping[str, str]
 
     def batches(self) -> Iterator[None]:
         """Train what is left of both phases, batch after batch."""
@@ -172,7 +177,7 @@ class _Run:
                 if self.folder:
                     position = (phase, epoch + 1, 0)
                     checkpoints.write(
-                        *(self.folder, self._identity, position, begin.losses),
+                        *(self.folder, self.identity, position, begin.losses),
                         *(self.student, optimizer, None),
                     )
                 self.on_epoch(_PHASES[phase], losses[-1])
@@ -180,23 +185,20 @@ class _Run:
     def _kept(self) -> Checkpoint:
         if self.folder is None:
             return Checkpoint()
-        kept = checkpoints.read(self.folder, self._identity)
+        kept = checkpoints.read(self.folder, self.identity)
         if kept.started:
             self.student.load_state_dict(dict(kept.student))
         return kept
-
-    @property
-    def _identity(self) -> dict[str, str]:
-        # What the lessons depend on is part of theirs.
-        return {"config": repr(self.config), "student": self.untrained}
 
     def _epoch(
         self, phase: int, epoch: int, epochs: int, optimizer: torch.optim.Optimizer
     ) -> Generator[None, None, float]:
         """Train once on every image; gives the mean loss in the end."""
         images, config = self.images, self.config
+        # Everything random, also in the student, hangs on the position alone.
         (word,) = np.random.SeedSequence([config.seed, phase, epoch]).generate_state(1)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(word)))
+        torch.manual_seed(int(word))
+        order = torch.randperm(len(images))
         steps = max(1, len(images) // config.batch_size)
         total = 0.0
         for index, batch in enumerate(torch.split(order, -(-len(images) // steps))):

@@ -1,8 +1,8 @@
 """Greedy search as one run: a captioner's ``step`` inside of ONNX's Loop.
 
-Word by word, a small network costs less than calling it does. The loop is made from the compiled
-program when an engine is opened, so nothing of it is in the file. TensorRT's programs are not ONNX;
-there states stay on the device instead, from step to step.
+Word by word, a small network costs less than calling it does. The loop is made of the compiled
+program when a session first speaks, and takes its memory a second time; nothing of it is in the
+file. TensorRT's programs are not ONNX; there states stay on the device instead, from step to step.
 """
 
 from __future__ import annotations

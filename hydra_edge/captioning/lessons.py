@@ -6,6 +6,7 @@ The words before each word are the ensemble's own (teacher forcing), so no label
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import safetensors.torch
 import torch
 from torch.nn.functional import pad
 
-from hydra_edge.artifacts.files import write_atomic
 from hydra_edge.captioning.boxes import suppress
 from hydra_edge.captioning.networks import (
     CaptionEnsemble,
@@ -76,18 +76,35 @@ def prepare(
     """
     if file is None:
         return _taught(ensemble, images, score, most, batch_size)
-    pixels = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    identity = {
-        "images": f"{pixels} {images.shape}",
-        "ensemble": digest(ensemble),
-        "choice of regions": f"score > {score}, {most} at most, overlap {_OVERLAP}",
-    }
+    identity = identify(ensemble, images, score=score, most=most)
     if file.exists():
         return _read(file, identity)
     lessons = _taught(ensemble, images, score, most, batch_size)
     tensors = {field.name: getattr(lessons, field.name).contiguous() for field in fields(Lessons)}
-    write_atomic(file, safetensors.torch.save(tensors, identity))
+    part = file.with_name(f".{file.name}.part")
+    try:
+        safetensors.torch.save_file(tensors, part, identity)
+        os.replace(part, file)
+    except (OSError, safetensors.SafetensorError) as exc:
+        part.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"'{file}' cannot be written: {exc}.",
+            "What the members say is kept there.",
+            "Free some space, or choose another workdir.",
+        ) from exc
     return lessons
+
+
+def identify(
+    ensemble: CaptionEnsemble, images: npt.NDArray[np.float32], *, score: float, most: int
+) -> dict[str, str]:
+    """What lessons depend on, by name."""
+    pixels = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    return {
+        "images": f"{pixels} {images.shape}",
+        "ensemble": digest(ensemble),
+        "choice of regions": f"score > {score}, {most} at most, overlap {_OVERLAP}",
+    }
 
 
 def _taught(

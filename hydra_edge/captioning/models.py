@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge import backends
 from hydra_edge.captioning import greedy_loop
 from hydra_edge.captioning.boxes import LEAST_WEIGHT
 from hydra_edge.captioning.greedy_loop import Spoken
 from hydra_edge.errors import InputError
 from hydra_edge.gpu.arrays import DeviceArray
-from hydra_edge.programs import Runner
 from hydra_edge.runtime import Session
 
 Array = npt.NDArray[np.generic]
@@ -178,13 +175,12 @@ class EngineModel:
         (rows,) = states
         most = np.asarray(words + 1, np.int64)
         feeds = {greedy_loop.START: np.ascontiguousarray(rows), greedy_loop.MOST: most}
-        said, chosen, *doubts = self._loop.run(feeds, greedy_loop.OUTPUTS)
+        loop = self.session.derived("greedy", self._loop)
+        said, chosen, *doubts = loop.run(feeds, greedy_loop.OUTPUTS)
         return Spoken(said, chosen, np.stack(doubts, 1))  # type: ignore[arg-type]
 
-    @cached_property
-    def _loop(self) -> Runner:
-        program = greedy_loop.looped(self._step.program.payload)
-        return backends.find("onnxruntime").open(program, self.session.threads, {})
+    def _loop(self) -> bytes:
+        return greedy_loop.looped(self._step.program.payload)
 
 
 class MembersModel:

@@ -57,11 +57,17 @@ class Recurrence(nn.GRU):
 
     def step(self, word: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """See `Step.step`."""
-        return self.joined(word.shape[-1]).step(word, state)
+        into, over, into_bias, over_bias = self.all_weights[0]
+        memory, seen = _parts(state, self.hidden_size, state.shape[-1] - self.hidden_size)
+        given = functional.linear(torch.cat([word, seen], -1), into, into_bias).chunk(3, -1)
+        known = functional.linear(memory, over, over_bias).chunk(3, -1)
+        reset, kept = torch.sigmoid(given[0] + known[0]), torch.sigmoid(given[1] + known[1])
+        fresh = torch.tanh(given[2] + reset * known[2])
+        return fresh + kept * (memory - fresh)
 
     @torch.no_grad()
     def joined(self, words: int) -> Step:
-        """One step as one matmul, without gradients.
+        """The same step as one matmul, which does not learn.
 
         Args:
             words: E, the size of a word.

@@ -107,7 +107,7 @@ def train_captioner(
         network: With one head of each kind.
         scenes: Of one size.
         config: How.
-        on_epoch: Called with the mean loss of every epoch.
+        on_epoch: Called with the mean loss of every epoch, by another thread than the caller's.
 
     Returns:
         The network, in eval mode.
@@ -175,6 +175,8 @@ def without_denormals(work: Iterator[object]) -> None:
     numbers far slower. The threads that torch shares work among take that over from the thread that
     starts them: the caller's may have been started before.
 
+    What torch keeps per thread, such as ``torch.autocast``, is not taken over from the caller.
+
     Args:
         work: What is done; it ends early, between two items, if the caller is interrupted.
     """
@@ -188,9 +190,8 @@ def without_denormals(work: Iterator[object]) -> None:
                 break
 
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(go_through)
         try:
-            done.result()
+            pool.submit(go_through).result()
         except BaseException:
             interrupted.set()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,26 +95,36 @@ def trained(
 
     def one(name: str, network: nn.Module, training: Training) -> nn.Module:
         path = folder / f"{name}.safetensors"
+
+        def on_epoch() -> None:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            bar.advance(row)
+
         try:
             found = load_weights(network, path).eval()
             bar.advance(row, training.epochs)
         except ArtifactError:  # not trained yet, or by another version of the demo
             if workers > 1:
                 torch.set_num_threads(1)  # of this thread
-            found = training.train(network, lambda: bar.advance(row)).eval()
+            found = training.train(network, on_epoch).eval()
             save_weights(found, path)
         return found
 
     # Here and not in the threads, which share torch's random state.
     networks = [training.build() for training in trainings.values()]
-    threads = torch.get_num_threads()
-    try:
-        with progress(console) as bar, ThreadPoolExecutor(workers) as pool:
-            row = bar.add_task("training", total=sum(one.epochs for one in trainings.values()))
+    threads, interrupted = torch.get_num_threads(), threading.Event()
+    with progress(console) as bar, ThreadPoolExecutor(workers) as pool:
+        row = bar.add_task("training", total=sum(one.epochs for one in trainings.values()))
+        try:
             done = pool.map(one, trainings, networks, trainings.values())
             return dict(zip(trainings, done, strict=True))
-    finally:
-        torch.set_num_threads(threads)  # a thread that has not computed yet takes the last one set
+        except BaseException:  # also Ctrl-C, which the threads do not see
+            interrupted.set()
+            raise
+        finally:
+            # A thread that has not computed yet takes the number that was set last.
+            torch.set_num_threads(threads)
 
 
 def exported(

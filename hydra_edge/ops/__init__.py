@@ -108,16 +108,11 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
 def _drop_unread(graph: onnx.GraphProto) -> None:
     """Drop nodes whose results nobody reads; a runtime would compute them all the same."""
     read = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if read.isdisjoint(node.output):
-            continue
-        kept.append(node)
-        read |= _reads(node)
-    if len(kept) < len(graph.node):
-        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
-        del graph.node[:]
-        graph.node.extend(nodes)
+    for index in reversed(range(len(graph.node))):
+        if read.isdisjoint(graph.node[index].output):
+            del graph.node[index]
+        else:
+            read |= _reads(graph.node[index])
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:

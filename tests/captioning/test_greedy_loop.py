@@ -16,7 +16,7 @@ import hydra_edge as he
 from hydra_edge.captioning.decoding import _step_by_step, decode
 from hydra_edge.captioning.greedy_loop import looped
 from hydra_edge.captioning.models import EngineModel, MembersModel
-from hydra_edge.errors import CompilationError
+from hydra_edge.errors import CompilationError, InputError
 
 
 def loud(model: EngineModel, rows: int) -> np.ndarray:
@@ -48,6 +48,18 @@ def test_some_captions_end_before_others() -> None:
     assert len({len(caption.words) for caption in captions}) > 2
     for caption in captions:
         assert np.flatnonzero(caption.words == 0).tolist() in ([], [len(caption.words) - 1])
+
+
+def test_the_loop_belongs_to_the_session() -> None:
+    with he.load(engine(), threads=1) as session:
+        first, second = EngineModel(session), EngineModel(session)
+        rows = [loud(first, 2)]
+        assert first.speak(rows, 3) is not None
+        loop = session.derived("greedy", lambda: b"")
+        assert second.speak(rows, 3) is not None
+        assert session.derived("greedy", lambda: b"") is loop
+    with pytest.raises(InputError, match="session is closed"):
+        first.speak(rows, 3)
 
 
 def test_members_one_by_one_take_steps() -> None:

@@ -133,22 +133,22 @@ class Log(list[tuple[str, float]]):
 def test_an_interrupted_run_goes_on(tmp_path: Path, members: list[Captioner]) -> None:
     ensemble, pixels = CaptionEnsemble(members), images_of(SCENES[:16])
     config = replace(DISTILLATION, epochs_mean=2, epochs_heads=3, batch_size=8)
+    untrained = network(2, 11)
+    untrained.body = torch.nn.Sequential(untrained.body, torch.nn.Dropout(0.1))
     whole: list[tuple[str, float]] = []
     wanted = distill_captioner(
-        ensemble, network(2, 11), pixels, config, lambda *loss: whole.append(loss)
+        ensemble, untrained, pixels, config, lambda *loss: whole.append(loss)
     )
     for last in range(5):  # killed after every epoch
         seen = Log(last)
         with pytest.raises(KilledError):
-            distill_captioner(
-                ensemble, network(2, 11), pixels, config, seen, workdir=tmp_path / "run"
-            )
+            distill_captioner(ensemble, untrained, pixels, config, seen, workdir=tmp_path / "run")
         assert [phase for phase, _ in seen] == [phase for phase, _ in whole[: last + 1]]
         np.testing.assert_allclose([v for _, v in seen], [v for _, v in whole[: last + 1]])
     ended: list[tuple[str, float]] = []
     found = distill_captioner(
         ensemble,
-        network(2, 11),
+        untrained,
         pixels,
         config,
         lambda *loss: ended.append(loss),
@@ -177,11 +177,14 @@ def test_a_work_folder_belongs_to_one_run(tmp_path: Path, members: list[Captione
     with pytest.raises(DistillationError, match="a run with another student"):
         again(student=12)
     with pytest.raises(DistillationError, match="holds lessons of other images"):
-        again(images=1 - pixels)
+        again(images=pixels[::-1].copy())
     with pytest.raises(DistillationError, match="lessons of other choice of regions"):
         again(how=replace(config, most=1))
     with pytest.raises(DistillationError, match="holds lessons of other ensemble"):
         again(CaptionEnsemble(members[::-1]))
+    (tmp_path / LESSONS).unlink()  # as the message says
+    with pytest.raises(DistillationError, match="a run with another images"):
+        again(images=pixels[::-1].copy())
     (tmp_path / LESSONS).write_bytes(b"nothing")
     with pytest.raises(ArtifactError, match="Delete it, and the members are run again"):
         again()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -65,6 +66,30 @@ def test_threads_are_as_before(tmp_path: Path) -> None:
             assert pool.submit(caller).result() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_ends_one_training_ends_the_others(tmp_path: Path) -> None:
+    """As Ctrl-C does, which only the main thread sees."""
+    epochs: list[int] = []
+
+    def broken(network: torch.nn.Module, on_epoch: Callable[[], None]) -> torch.nn.Module:
+        raise RuntimeError("no more")
+
+    def long(network: torch.nn.Module, on_epoch: Callable[[], None]) -> torch.nn.Module:
+        for epoch in range(1000):
+            epochs.append(epoch)
+            time.sleep(0.01)
+            on_epoch()
+        return network
+
+    plans = {
+        "a": Training(partial(untrained, 1), broken, 1),
+        "b": Training(partial(untrained, 2), long, 1000),
+    }
+    with pytest.raises(RuntimeError, match="no more"):
+        story.trained(tmp_path, plans, QUIET, workers=2)
+    assert len(epochs) < 500
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
