@@ -139,6 +139,8 @@ class LiveProgram:
 
     def _feeds(self, inputs: object) -> dict[str, Any]:
         """Arrays by name: of numpy and C-contiguous, or `Foreign` ones on the GPU."""
+        if type(inputs) is np.ndarray and self._single is not None:
+            inputs = {self._single.name: inputs}
         if type(inputs) is dict and self._fits(inputs):
             return inputs
         if isinstance(inputs, Mapping):
