@@ -84,7 +84,7 @@ def decode(
 
 
 def _greedy(model: CaptionModel, states: Sequence[npt.NDArray[Any]], words: int) -> list[Caption]:
-    """`_search` with one hypothesis per region, at less cost than a step of a small model has."""
+    """The likeliest word at every step: in one run where the model can do that."""
     spoken = model.speak(states, words)
     if spoken is None:
         spoken = _step_by_step(model, states, words)
@@ -98,6 +98,7 @@ def _greedy(model: CaptionModel, states: Sequence[npt.NDArray[Any]], words: int)
 
 
 def _step_by_step(model: CaptionModel, states: Sequence[npt.NDArray[Any]], words: int) -> Spoken:
+    """See `CaptionModel.speak`."""
     regions = np.arange(len(states[0]))
     state = model.begin(states)
     last = np.full(len(regions), END_INDEX, np.int64)
