@@ -8,13 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from hydra_edge.artifacts.arrays import (
-    any_batch,
-    check_shapes,
-    dtype_name,
-    in_c_order,
-    to_numpy,
-)
+from hydra_edge.artifacts.arrays import any_batch, check_shapes, in_c_order, to_numpy
 from hydra_edge.artifacts.engine import Program
 from hydra_edge.artifacts.graph import TensorSpec
 from hydra_edge.equivalence import replay
@@ -52,7 +46,6 @@ class LiveProgram:
         self._device_runner = runner if isinstance(runner, _DeviceRunner) else None
         self._specs = any_batch(program.inputs)
         self._single = program.inputs[0] if len(program.inputs) == 1 else None
-        self._plain = [(one.name, one.dtype, one.shape[1:]) for one in self._specs if one.shape]
         self._names = [spec.name for spec in program.outputs if spec.name not in program.optional]
         self._all_names = [spec.name for spec in program.outputs]
         self._axes = {spec.name: self._batch_axis(spec) for spec in program.outputs}
@@ -139,10 +132,6 @@ class LiveProgram:
 
     def _feeds(self, inputs: object) -> dict[str, Any]:
         """Arrays by name: of numpy and C-contiguous, or `Foreign` ones on the GPU."""
-        if type(inputs) is np.ndarray and self._single is not None:
-            inputs = {self._single.name: inputs}
-        if type(inputs) is dict and self._fits(inputs):
-            return inputs
         if isinstance(inputs, Mapping):
             given = {str(name): self._read(value, str(name)) for name, value in inputs.items()}
         elif self._single is not None:
@@ -159,23 +148,6 @@ class LiveProgram:
             name: value if isinstance(value, Foreign) else in_c_order(value)
             for name, value in ordered.items()
         }
-
-    def _fits(self, inputs: dict[Any, Any]) -> bool:
-        """Whether these are numpy's arrays that need no more than to be run.
-
-        All else is looked at one by one, which a program of a few microseconds would feel.
-        """
-        if len(inputs) != len(self._plain):
-            return False
-        batches = set()
-        for name, dtype, sizes in self._plain:
-            array = inputs.get(name)
-            if type(array) is not np.ndarray or not array.ndim or array.shape[1:] != sizes:
-                return False
-            if dtype_name(array.dtype) != dtype or not array.flags.c_contiguous:
-                return False
-            batches.add(len(array))
-        return len(batches) == 1 and 0 not in batches
 
     def _read(self, value: object, name: str) -> Array | Foreign:
         if not is_on_gpu(value):

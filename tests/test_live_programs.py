@@ -51,7 +51,6 @@ class Own(np.ndarray):
 
 
 def test_arrays_that_fit_and_such_that_are_made_to(session: Session) -> None:
-    """A mapping of plain arrays takes a shorter way."""
     wanted = session.run({"x": X})
     ways = [X, X.copy("F"), X[::-1][::-1], X.view(Own), torch.from_numpy(X), X.tolist()]
     for given in [{"x": way} for way in ways[:-1]] + [X]:

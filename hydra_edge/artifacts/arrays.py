@@ -144,7 +144,7 @@ def in_c_order(array: Array) -> Array:
 
 
 @cache
-def dtype_name(dtype: np.dtype[Any]) -> str:
+def _name(dtype: np.dtype[Any]) -> str:
     """Its name; numpy puts it together anew each time, which costs as much as all other checks."""
     return str(dtype)
 
@@ -171,7 +171,7 @@ def check_shapes(values: Mapping[str, Shaped], specs: tuple[TensorSpec, ...]) ->
                 "Pass all of them.",
             )
         shape = array.shape
-        if dtype_name(array.dtype) != spec.dtype:
+        if _name(array.dtype) != spec.dtype:
             raise InputError(
                 f"The input '{spec.name}' has dtype {array.dtype}.",
                 f"The engine takes {spec.dtype}; converting silently could hide a wrong scale.",

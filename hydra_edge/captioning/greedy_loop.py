@@ -1,6 +1,6 @@
 """Greedy search as one run: a captioner's ``step`` inside of ONNX's Loop.
 
-Word by word, a small network costs less than calling it does. The loop is made of the compiled
+To be called for every word is much of what a small network costs. The loop is made of the compiled
 program when a session first speaks, and takes its memory a second time; nothing of it is in the
 file. TensorRT's programs are not ONNX; there states stay on the device instead, from step to step.
 """

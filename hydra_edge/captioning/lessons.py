@@ -6,7 +6,6 @@ The words before each word are the ensemble's own (teacher forcing), so no label
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import safetensors.torch
 import torch
 from torch.nn.functional import pad
 
+from hydra_edge.artifacts.files import write_atomic
 from hydra_edge.captioning.boxes import suppress
 from hydra_edge.captioning.networks import (
     CaptionEnsemble,
@@ -81,17 +81,7 @@ def prepare(
         return _read(file, identity)
     lessons = _taught(ensemble, images, score, most, batch_size)
     tensors = {field.name: getattr(lessons, field.name).contiguous() for field in fields(Lessons)}
-    part = file.with_name(f".{file.name}.part")
-    try:
-        safetensors.torch.save_file(tensors, part, identity)
-        os.replace(part, file)
-    except (OSError, safetensors.SafetensorError) as exc:
-        part.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"'{file}' cannot be written: {exc}.",
-            "What the members say is kept there.",
-            "Free some space, or choose another workdir.",
-        ) from exc
+    write_atomic(file, safetensors.torch.save(tensors, identity))
     return lessons
 
 

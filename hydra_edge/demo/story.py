@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -237,14 +237,17 @@ class Clock:
     started: float = field(default_factory=time.perf_counter)
 
     def finish(self, report: Report, checks: Sequence[Check], hint: str) -> Report:
-        """Write the report in three formats, and print table and promises."""
+        """Print table and promises, and write the report with both in three formats."""
+        self.console.print(to_table(report))
+        notes = []
+        for check in checks:
+            words = f"{check.name}: {check.value:.3f} (target {check.target})"
+            self.console.print(f"{'[green]✓[/]' if check.passed else '[red]✗[/]'} {words}")
+            notes.append(f"{'passed' if check.passed else 'failed'}: {words}")
+        report = replace(report, notes=(*report.notes, *notes))
         write_atomic(self.folder / "report.json", report.to_json().encode())
         write_atomic(self.folder / "report.md", to_markdown(report).encode())
         write_atomic(self.folder / "report.html", to_html(report).encode())
-        self.console.print(to_table(report))
-        for check in checks:
-            mark = "[green]✓[/]" if check.passed else "[red]✗[/]"
-            self.console.print(f"{mark} {check.name}: {check.value:.3f} (target {check.target})")
         seconds = time.perf_counter() - self.started
         self.console.print(
             f"Done in {seconds:.0f} s. Open {self.folder / 'report.html'}, or try: {hint}"
